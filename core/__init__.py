@@ -1,0 +1,1 @@
+"""Checkpoints, patches, recipes, plans and their execution."""

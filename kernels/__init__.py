@@ -1,0 +1,1 @@
+"""One file per fused kernel: the reference, the Triton kernel, the dispatch."""

@@ -1,0 +1,1 @@
+"""First-party transformations, one package each."""
