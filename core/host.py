@@ -1,0 +1,206 @@
+"""The plugin host: finds plugins by entry point, loads them in isolation, and alone calls their hooks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from regraft.core import hookspecs
+from regraft.core.errors import PluginError, RegraftError
+
+if TYPE_CHECKING:
+    import typer
+
+    from regraft.core.architectures import Family
+    from regraft.core.checkpoint import Checkpoint
+    from regraft.core.patch import Patch
+    from regraft.core.sources import Source
+    from regraft.core.transformation import AnyTransformation
+
+GROUP = "regraft"
+OWN_DISTRIBUTION = "regraft"
+DISABLE = "REGRAFT_DISABLE_PLUGINS"
+ONLY = "REGRAFT_PLUGINS"
+
+
+@dataclass(frozen=True)
+class PluginInfo:
+    """One installed plugin: where it comes from, and why it is not in use if it is not."""
+
+    name: str
+    module: str
+    distribution: str
+    version: str
+    status: str = "loaded"
+    reason: str = ""
+
+
+class Host:
+    """The plugins of this process. `host()` gives the one that commands share; tests build their own.
+
+    Args:
+        entries: entry points to load, in order.
+        environment: `REGRAFT_DISABLE_PLUGINS` is `all` (every plugin that is not part of regraft) or names separated
+            by commas; `REGRAFT_PLUGINS`, if set, lists the only third-party plugins that are loaded.
+    """
+
+    def __init__(self, entries: Sequence[EntryPoint], environment: Mapping[str, str] = os.environ) -> None:
+        self._manager = pluggy.PluginManager("regraft")
+        self._manager.add_hookspecs(hookspecs)
+        self._environment = environment
+        self.plugins = [self._load(entry) for entry in _ordered(entries)]
+
+    def transformations(self) -> Mapping[str, type[AnyTransformation]]:
+        """Every transformation by name.
+
+        Raises:
+            PluginError: two plugins bring the same name.
+        """
+        return self._transformations
+
+    @cached_property
+    def broken(self) -> Mapping[str, str]:
+        """Why a plugin cannot be used, by the plugin's name (and so, by custom, by its transformation's name)."""
+        self._transformations  # noqa: B018 - calling the hooks finds the plugins that break when they are called
+        return {info.name: info.reason for info in self.plugins if info.status == "broken"}
+
+    @cached_property
+    def _transformations(self) -> dict[str, type[AnyTransformation]]:
+        found: dict[str, type[AnyTransformation]] = {}
+        owner: dict[str, str] = {}
+        for plugin, classes in self._each("regraft_transformations"):
+            for transformation in classes:
+                name = transformation.name
+                if name in found:
+                    raise PluginError("two plugins bring the same transformation", where=name,
+                                      found=f"{owner[name]} and {plugin}",
+                                      remedy=f"uninstall one, or set {DISABLE}={plugin}")  # fmt: skip
+                found[name], owner[name] = transformation, plugin
+        self.owners = owner
+        return found
+
+    def sources(self) -> list[Source]:
+        """Sources that plugins bring, in the order in which they are asked."""
+        return [source for _, sources in self._each("regraft_sources") for source in sources]
+
+    def architectures(self) -> list[Family]:
+        """Model families that plugins bring."""
+        return [family for _, families in self._each("regraft_architectures") for family in families]
+
+    def add_commands(self, app: typer.Typer) -> None:
+        """Let plugins register commands on `app`."""
+        for _ in self._each("regraft_commands", app=app):
+            pass
+
+    def before_step(self, step: str, checkpoint: Checkpoint) -> None:
+        """Tell plugins that a step begins.
+
+        Raises:
+            PluginError: a plugin raised.
+        """
+        for _ in self._each("regraft_before_step", fatal=True, step=step, checkpoint=checkpoint):
+            pass
+
+    def after_step(self, step: str, checkpoint: Checkpoint, patch: Patch) -> None:
+        """Tell plugins that a step has returned its patch.
+
+        Raises:
+            PluginError: a plugin raised.
+        """
+        for _ in self._each("regraft_after_step", fatal=True, step=step, checkpoint=checkpoint, patch=patch):
+            pass
+
+    def _each(self, hook: str, *, fatal: bool = False, **arguments: Any) -> Iterator[tuple[str, Any]]:
+        """Call `hook` plugin by plugin, so that one that raises is named and costs nobody else."""
+        for index, info in enumerate(self.plugins):
+            module = self._manager.get_plugin(info.name)
+            if info.status != "loaded" or not hasattr(module, hook):
+                continue
+            others = [plugin for name, plugin in self._manager.list_name_plugin() if name != info.name and plugin]
+            caller = self._manager.subset_hook_caller(hook, others)
+            try:
+                results = caller(**arguments)
+            except Exception as error:
+                reason = f"{hook} raised {type(error).__name__}: {error}"
+                if fatal:
+                    raise PluginError(f"the plugin failed: {reason}", where=info.name,
+                                      remedy=f"report it to {info.distribution}, or set {DISABLE}={info.name}") from error  # fmt: skip
+                self.plugins[index] = _broken(info, reason)
+                continue
+            yield info.name, results[0] if results else None
+
+    def _load(self, entry: EntryPoint) -> PluginInfo:
+        info = _info(entry)
+        if reason := self._excluded(info):
+            return PluginInfo(**{**vars(info), "status": "disabled", "reason": reason})
+        try:
+            module = entry.load()
+            _check_api(module)
+            self._manager.register(module, name=entry.name)
+        except RegraftError as error:
+            return _broken(info, error.message)
+        except Exception as error:
+            return _broken(info, f"{type(error).__name__}: {error}")
+        return info
+
+    def _excluded(self, info: PluginInfo) -> str:
+        own = info.distribution == OWN_DISTRIBUTION
+        disabled = _names(self._environment.get(DISABLE, ""))
+        if info.name in disabled or (disabled == {"all"} and not own):
+            return f"{DISABLE} says so"
+        only = self._environment.get(ONLY)
+        if only is not None and not own and info.name not in _names(only):
+            return f"{ONLY} does not name it"
+        return ""
+
+
+@cache
+def host() -> Host:
+    """The host of this process, with every installed plugin."""
+    return Host(list(entry_points(group=GROUP)))
+
+
+def third_party_installed() -> bool:
+    """Whether any plugin that is not part of regraft is installed; loads none."""
+    return any(_info(entry).distribution != OWN_DISTRIBUTION for entry in entry_points(group=GROUP))
+
+
+def _ordered(entries: Sequence[EntryPoint]) -> list[EntryPoint]:
+    """Third-party plugins first, by name, so that their sources are asked before ours; ours after them, by name."""
+    key: Callable[[EntryPoint], tuple[bool, str]] = lambda entry: (
+        _info(entry).distribution == OWN_DISTRIBUTION,
+        entry.name,
+    )  # noqa: E731
+    return sorted(entries, key=key)
+
+
+def _info(entry: EntryPoint) -> PluginInfo:
+    distribution = entry.dist
+    name = distribution.name if distribution else "unknown"
+    return PluginInfo(entry.name, entry.value, name, distribution.version if distribution else "")
+
+
+def _broken(info: PluginInfo, reason: str) -> PluginInfo:
+    return PluginInfo(**{**vars(info), "status": "broken", "reason": reason})
+
+
+def _check_api(module: object) -> None:
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
+    wanted = getattr(module, "regraft_api", "")
+    try:
+        fits = hookspecs.API_VERSION in SpecifierSet(wanted)
+    except InvalidSpecifier:
+        raise PluginError(f"regraft_api is not a version range: {wanted!r}") from None
+    if not fits:
+        raise PluginError(f"asks for plugin API {wanted}, this regraft has {hookspecs.API_VERSION}")
+
+
+def _names(text: str) -> set[str]:
+    return {name.strip() for name in text.split(",") if name.strip()}

@@ -1,0 +1,197 @@
+"""Checkpoints in a folder (one safetensors file or an index of shards), and single `.safetensors` files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+
+from regraft.core.checkpoint import CONFIG, Checkpoint, FileRef
+from regraft.core.errors import InputError
+from regraft.core.jsonio import read_object
+from regraft.core.sources.open import Reference
+from regraft.core.tensors import FileTensor, WeightFile
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+LOCK = "regraft.lock.json"
+CARD = "README.md"
+
+PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+WEIGHT_SUFFIXES = PICKLE_SUFFIXES | {
+    ".safetensors",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".onnx_data",
+    ".npz",
+    ".ot",
+    ".tflite",
+}
+_NOT_CARRIED_FOLDERS = frozenset({".git", ".cache", "__pycache__"})
+
+
+class FolderSource:
+    """Accepts folders."""
+
+    name = "folder"
+
+    def accepts(self, reference: Reference) -> bool:
+        """Whether the path is a folder."""
+        return reference.path.is_dir()
+
+    def open(self, reference: Reference) -> Checkpoint:
+        """Open the folder."""
+        return open_folder(reference.path, label=reference.model)
+
+
+class FileSource:
+    """Accepts single `.safetensors` files with a config beside them, and refuses pickles by name."""
+
+    name = "file"
+
+    def accepts(self, reference: Reference) -> bool:
+        """Whether the path is an existing file."""
+        return reference.path.is_file()
+
+    def open(self, reference: Reference) -> Checkpoint:
+        """Open the file.
+
+        Raises:
+            InputError: it is a pickle, or no safetensors file, or it is a shard of a larger checkpoint.
+        """
+        path = reference.path
+        if path.suffix in PICKLE_SUFFIXES:
+            raise _pickle(path)
+        if path.suffix != ".safetensors":
+            raise InputError(
+                "is not a checkpoint", where=reference.model, expected="a .safetensors or .gguf file, or a folder"
+            )
+        index = path.parent / INDEX
+        if index.is_file() and path.name in set(_weight_map(index).values()):
+            raise InputError(
+                "is one shard of a sharded checkpoint", where=reference.model, remedy=f"name its folder: {path.parent}"
+            )
+        return _assemble(path.parent, reference.model, [WeightFile(path)])
+
+
+def open_folder(folder: Path, *, label: str) -> Checkpoint:
+    """Open the checkpoint in `folder`; every header is validated, no weight is read.
+
+    Raises:
+        InputError: no config.json, no weights, pickled weights only, an index that lies, or a bad header.
+    """
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"the folder has no {CONFIG}", where=label, expected=f"a checkpoint folder with {CONFIG}",
+                         remedy="name the folder that holds the model's config and weights")  # fmt: skip
+    index, single = folder / INDEX, folder / SINGLE
+    if index.is_file() and single.is_file():
+        raise InputError(f"the folder holds both {INDEX} and {SINGLE}", where=label,
+                         remedy="two models are mixed up in it: remove the one that is stale")  # fmt: skip
+    if index.is_file():
+        return _assemble(folder, label, _shards(folder, index))
+    if single.is_file():
+        return _assemble(folder, label, [WeightFile(single)])
+    raise _no_weights(folder, label)
+
+
+def _shards(folder: Path, index: Path) -> list[WeightFile]:
+    weight_map = _weight_map(index)
+    files = []
+    for name in sorted(set(weight_map.values())):
+        if not (folder / name).is_file():
+            raise InputError("the index names a shard that is missing", where=f"{index}: {name}",
+                             remedy="fetch the missing file")  # fmt: skip
+        files.append(WeightFile(folder / name))
+    _check_index(index, weight_map, files)
+    return files
+
+
+def _weight_map(index: Path) -> Mapping[str, str]:
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError("the index has no weight_map", where=index, expected="an object: tensor name -> file name",
+                         found=type(weight_map).__name__, remedy="fetch the index again")  # fmt: skip
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or PurePosixPath(name).name != name or name in {"", ".", ".."} or "\\" in name:
+            raise InputError("the index names a path outside the folder", where=f"{index}: {tensor}",
+                             expected="a plain file name", found=name, remedy="do not trust this checkpoint")  # fmt: skip
+    return weight_map
+
+
+def _check_index(index: Path, weight_map: Mapping[str, str], files: list[WeightFile]) -> None:
+    stored: dict[str, str] = {}
+    for file in files:
+        for name in file.header.entries:
+            if name in stored:
+                raise InputError("two shards hold the same tensor", where=f"{index}: {name}",
+                                 found=f"{stored[name]} and {file.path.name}", remedy="fetch the checkpoint again")  # fmt: skip
+            stored[name] = file.path.name
+    for name, shard in weight_map.items():
+        if stored.get(name) != shard:
+            raise InputError("index and shards disagree", where=f"{index}: {name}", expected=f"the tensor in {shard}",
+                             found=stored.get(name, "no such tensor in any shard"), remedy="fetch the checkpoint again")  # fmt: skip
+    for name, shard in stored.items():
+        if name not in weight_map:
+            raise InputError("a shard holds a tensor that the index does not name", where=f"{index}: {name}",
+                             found=f"in {shard}", remedy="fetch the checkpoint again")  # fmt: skip
+
+
+def _assemble(folder: Path, label: str, weights: list[WeightFile]) -> Checkpoint:
+    tensors: dict[str, FileTensor] = {}
+    shards: dict[str, str] = {}
+    for file in weights:
+        tensors.update(file.tensors())
+        shards.update(dict.fromkeys(file.header.entries, file.path.name))
+    own = {file.path.name for file in weights} | {INDEX}
+    files, left_behind = side_files(folder, own)
+    if CONFIG not in files:
+        raise InputError(
+            f"there is no {CONFIG} beside the weights", where=label, remedy="put the model's config beside the file"
+        )
+    return Checkpoint(label, tensors, files, shards, left_behind, {"source": "folder"})
+
+
+def side_files(folder: Path, own: set[str]) -> tuple[dict[str, FileRef], dict[str, str]]:
+    """The files of `folder` that are carried over, and those left behind with the reason. Everything is carried that is
+    neither a weight nor known to be stale in the output.
+    """
+    files: dict[str, FileRef] = {}
+    left_behind: dict[str, str] = {}
+    for path in _walk(folder):
+        name = path.relative_to(folder).as_posix()
+        if name in own:
+            continue
+        if path.suffix in WEIGHT_SUFFIXES:
+            left_behind[name] = "weights in another file or format, not rewritten"
+        elif name.endswith(".index.json"):
+            left_behind[name] = "index of weights that are not rewritten"
+        elif name == LOCK:
+            left_behind[name] = "describes the base; the output gets its own"
+        else:
+            files[name] = FileRef(path)
+    return files, left_behind
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            if path.name not in _NOT_CARRIED_FOLDERS:
+                yield from _walk(path)
+        elif path.is_file():
+            yield path
+
+
+def _no_weights(folder: Path, label: str) -> InputError:
+    pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        return _pickle(pickles[0])
+    ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+    remedy = f"name the file itself: {Path(label) / ggufs[0]}" if ggufs else "name the folder that holds the weights"
+    return InputError("the folder has no weights", where=label, expected=f"{SINGLE} or {INDEX}", remedy=remedy)
+
+
+def _pickle(path: Path) -> InputError:
+    remedy = "convert it once with a tool you trust: load it in transformers and save_pretrained(..., safe_serialization=True)"
+    return InputError("is a pickle, and regraft never reads pickles: they can run code", where=path,
+                      expected="safetensors or GGUF", remedy=remedy)  # fmt: skip

@@ -1,0 +1,108 @@
+"""The contract of a transformation, and what a step is handed while it runs."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from regraft.core.checkpoint import Checkpoint
+from regraft.core.patch import Outline, Patch
+
+
+class Params(BaseModel):
+    """Base of every transformation's parameters: a pydantic model that refuses unknown keys and cannot be changed.
+
+    A field of type `Path` is resolved against the folder of the recipe that wrote it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+P = TypeVar("P", bound=BaseModel)
+
+
+def _silent(message: str) -> None:
+    del message
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a step is handed while it executes.
+
+    Args:
+        step: the step's id.
+        device: torch device string, such as `cpu` or `cuda:0`.
+        seed: the recipe's seed; see `seed_for`.
+        strict: refuse what is otherwise warned about.
+        cache: a folder for the step's own intermediate files, gone when the run ends.
+        tell: shows a line of progress to the user.
+    """
+
+    step: str
+    device: str = "cpu"
+    seed: int = 0
+    strict: bool = False
+    cache: Path | None = None
+    tell: Callable[[str], None] = field(default=_silent, compare=False)
+
+    def seed_for(self, name: str) -> int:
+        """A 63-bit seed from the recipe's seed, the step and `name`: independent of order and of threads."""
+        text = f"{self.seed}\0{self.step}\0{name}".encode()
+        return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
+
+
+class Transformation(ABC, Generic[P]):
+    """One method of rewriting a checkpoint; a recipe uses it by `name`.
+
+    `check` and `plan` see headers and parameters only and import neither torch nor transformers.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    paper: ClassVar[str] = ""
+    loads_with: ClassVar[str] = "stock transformers"
+    """What a user needs to load the result."""
+    version: ClassVar[str] = "1"
+    """Changes whenever the same parameters give other bytes; part of the lock file."""
+    Params: type[P]
+
+    def check(self, checkpoint: Checkpoint, params: P) -> None:  # noqa: B027
+        """Refuse what cannot be done.
+
+        Raises:
+            Unsupported: with the reason and the remedy.
+        """
+
+    @abstractmethod
+    def plan(self, checkpoint: Checkpoint, params: P) -> Outline:
+        """What `apply` will change: specs, config, files, cost."""
+
+    @abstractmethod
+    def apply(self, checkpoint: Checkpoint, params: P, run: Run) -> Patch:
+        """The patch. It must match the outline of `plan`; the executor checks it."""
+
+
+class WeightSpace(Transformation[P]):
+    """A transformation that is a pure function of tensors and config: one lazy patch serves both plan and run."""
+
+    @abstractmethod
+    def patch(self, checkpoint: Checkpoint, params: P) -> Patch:
+        """The patch, made from headers and parameters only: operations load their operands when tensors are written."""
+
+    def plan(self, checkpoint: Checkpoint, params: P) -> Outline:
+        """The outline of the patch."""
+        return Outline.of(self.patch(checkpoint, params))
+
+    def apply(self, checkpoint: Checkpoint, params: P, run: Run) -> Patch:
+        """The patch itself."""
+        del run
+        return self.patch(checkpoint, params)
+
+
+AnyTransformation = Transformation[Any]
