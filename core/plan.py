@@ -1,0 +1,183 @@
+"""What a recipe will do, worked out from headers and parameters alone, exact to the byte."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regraft.core.buffers import CHUNK_BYTES
+from regraft.core.cast import cast_patch
+from regraft.core.checkpoint import Checkpoint
+from regraft.core.host import Host
+from regraft.core.layout import Layout, lay_out
+from regraft.core.patch import Outline, Patch, overlay, promise
+from regraft.core.sources import open_checkpoint
+from regraft.core.sources.folder import CARD, LOCK
+from regraft.core.tensors import LazyTensor
+
+if TYPE_CHECKING:
+    from regraft.core.recipe import Recipe, Step
+    from regraft.core.transformation import AnyTransformation
+
+BASE_CARD = "README.base.md"
+"""Where the base's own model card goes; README.md is the output's."""
+
+_TORCH_RSS_BYTES = 320 << 20
+_INTERPRETER_RSS_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One step with the transformation that does it and what that one promises."""
+
+    id: str
+    transformation: AnyTransformation
+    params: Any
+    outline: Outline
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved recipe: the base as opened, the steps, and the output to the byte.
+
+    Args:
+        recipe: what was asked.
+        base: the base checkpoint, headers validated.
+        steps: what each step promises.
+        result: the output as a checkpoint whose changed tensors have no values yet.
+        layout: its files.
+        memory_bytes: bound of the peak host memory, Python and torch included.
+        threads: the workers that the bound is for.
+    """
+
+    recipe: Recipe
+    base: Checkpoint
+    steps: tuple[PlannedStep, ...]
+    result: Checkpoint
+    layout: Layout
+    memory_bytes: int
+    threads: int
+    changes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weight files and their index."""
+        return sum(self.layout.files.values())
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of all other files; the lock file and the model card, known only after the run, are not counted."""
+        return sum(file.nbytes for file in self.result.files.values())
+
+    @property
+    def output_bytes(self) -> int:
+        """Size of the output without lock file and model card."""
+        return self.weight_bytes + self.file_bytes
+
+    @property
+    def exact(self) -> bool:
+        """Whether every step knew its shapes in advance; otherwise the sizes are upper bounds."""
+        return all(step.outline.exact for step in self.steps)
+
+    @property
+    def computes(self) -> bool:
+        """Whether any tensor is computed, so that torch is needed."""
+        return any(tensor.raw is None for tensor in self.result.tensors.values())
+
+
+def make_plan(recipe: Recipe, host: Host, *, threads: int) -> Plan:
+    """Resolve the base and the steps of `recipe`, and lay out the output.
+
+    Raises:
+        InputError: the base or a file that a step reads is not valid.
+        Unsupported: a step cannot be applied to this base.
+        PluginError: a plugin broke its contract.
+    """
+    base = open_checkpoint(recipe.base.model, revision=recipe.base.revision, folder=recipe.folder, extra=host.sources())
+    checkpoint = base
+    steps = []
+    for step in recipe.steps:
+        planned = plan_step(step, checkpoint, host)
+        steps.append(planned)
+        checkpoint = promise(checkpoint, planned.outline, by=step.id)
+    for name, patch in output_patches(recipe, checkpoint):
+        checkpoint = overlay(checkpoint, patch, by=name)
+    layout = lay_out(checkpoint, recipe.output.shard_bytes)
+    memory = memory_bound(checkpoint, threads) + max((step.outline.workspace_bytes for step in steps), default=0)
+    return Plan(recipe, base, tuple(steps), checkpoint, layout, memory, threads, compare(base, checkpoint))
+
+
+def plan_step(step: Step, checkpoint: Checkpoint, host: Host) -> PlannedStep:
+    """Check one step against the checkpoint below it, and outline it."""
+    transformation = host.transformations()[step.use]()
+    transformation.check(checkpoint, step.params)
+    return PlannedStep(step.id, transformation, step.params, transformation.plan(checkpoint, step.params))
+
+
+def output_patches(recipe: Recipe, checkpoint: Checkpoint) -> list[tuple[str, Patch]]:
+    """What `[output]` does after the last step: the model card makes room, dtype, quantisation."""
+    patches = [("output", _card_patch(checkpoint))]
+    if recipe.output.dtype != "keep":
+        patches.append(("output.dtype", cast_patch(checkpoint, recipe.output.dtype)))
+    if recipe.output.quantize != "none":
+        from regraft.core.quantize import quantize_patch
+
+        below = checkpoint
+        for name, patch in patches:
+            below = overlay(below, patch, by=name)
+        patches.append(("output.quantize", quantize_patch(below, recipe.output.quantize)))
+    return patches
+
+
+def _card_patch(checkpoint: Checkpoint) -> Patch:
+    """The base's card stands beside the output's own, unless the base was written by regraft."""
+    card = checkpoint.files.get(CARD)
+    if card is None:
+        return Patch()
+    if LOCK in checkpoint.left_behind:
+        return Patch(dropped={CARD: "describes the base; the output gets its own"})
+    return Patch(files={BASE_CARD: card}, dropped={CARD: f"carried as {BASE_CARD}"})
+
+
+def memory_bound(checkpoint: Checkpoint, threads: int) -> int:
+    """Bytes of host memory that writing `checkpoint` needs at its peak: see DESIGN §8.
+
+    Every worker has a handful of chunks (input, fp32 copies, output); operands are held while a tensor is written; a
+    tensor that is computed whole needs its inputs, fp32 copies and output at once, one such tensor at a time.
+    """
+    computed = [tensor for tensor in checkpoint.tensors.values() if tensor.raw is None]
+    if not computed:
+        return _INTERPRETER_RSS_BYTES + threads * 2 * CHUNK_BYTES
+    local = sorted((_local_bytes(tensor) for tensor in computed if tensor.row_local), reverse=True)[:threads]
+    whole = max((_whole_bytes(tensor) for tensor in computed if not tensor.row_local), default=0)
+    return _TORCH_RSS_BYTES + (64 << 20) + sum(local) + whole
+
+
+def _local_bytes(tensor: LazyTensor) -> int:
+    return 6 * max(CHUNK_BYTES, tensor.spec.row_bytes) + tensor.held_bytes
+
+
+def _whole_bytes(tensor: LazyTensor) -> int:
+    return 5 * tensor.spec.nbytes + tensor.held_bytes
+
+
+def compare(before: Checkpoint, after: Checkpoint) -> dict[str, tuple[str, ...]]:
+    """Tensor names by what happens to them: copied, rewritten, added, dropped. A rename is copied."""
+    changes: dict[str, list[str]] = {"copied": [], "rewritten": [], "added": [], "dropped": []}
+    stored = {_place(tensor) for tensor in before.tensors.values()} - {None}
+    for name, tensor in after.tensors.items():
+        moved = tensor.raw is not None and _place(tensor) in stored
+        kind = "copied" if moved else "rewritten" if name in before.tensors else "added"
+        changes[kind].append(name)
+    kept = {_place(tensor) for tensor in after.tensors.values()}
+    for name, tensor in before.tensors.items():
+        if name not in after.tensors and (tensor.raw is None or _place(tensor) not in kept):
+            changes["dropped"].append(name)
+    return {kind: tuple(names) for kind, names in changes.items()}
+
+
+def _place(tensor: LazyTensor) -> tuple[Path, int] | None:
+    raw = tensor.raw
+    return None if raw is None else (raw.path, raw.offset)

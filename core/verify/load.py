@@ -1,0 +1,56 @@
+"""The deeper checks: does stock transformers load the folder, and does it compute?"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from regraft.core.errors import VerificationError
+from regraft.core.verify import stock_load
+
+Depth = Literal["structure", "load", "forward"]
+_TIMEOUT_SECONDS = 1800
+_IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+
+
+def verify_load(folder: Path, depth: Literal["load", "forward"], *, trust: bool) -> dict[str, Any]:
+    """Load `folder` in a fresh process by stock transformers, without regraft; run one batch if `depth` is `forward`.
+
+    Args:
+        folder: a checkpoint folder.
+        depth: how deep.
+        trust: whether code inside the folder may run: only code that regraft wrote, or that the recipe trusts.
+
+    Raises:
+        VerificationError: it does not load, a key is missing, unknown or of another shape, or logits are not finite.
+    """
+    report = _run(folder, depth, trust)
+    if "error" in report:
+        raise VerificationError("stock transformers cannot load the output", where=folder.name, found=report["error"])
+    for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = [name for name in report[key] if not name.endswith(_IGNORED)]
+        if names:
+            raise VerificationError(f"stock transformers reports {key.replace('_', ' ')}", where=folder.name,
+                                    expected="none", found=", ".join(names[:5]))  # fmt: skip
+    if depth == "forward" and not report["finite"]:
+        raise VerificationError("the logits are not finite", where=folder.name)
+    return report
+
+
+def _run(folder: Path, depth: str, trust: bool) -> dict[str, Any]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    command = [sys.executable, "-I", stock_load.__file__, str(folder), depth, "1" if trust else "0"]
+    try:
+        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                              timeout=_TIMEOUT_SECONDS, check=False)  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {"error": f"no answer within {_TIMEOUT_SECONDS} s"}
+    try:
+        report: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    except (IndexError, ValueError):
+        return {"error": f"the process ended with status {done.returncode}: {done.stderr.strip()[-300:]}"}
+    return report

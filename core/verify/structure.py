@@ -1,0 +1,143 @@
+"""Config against tensors, tie flag against heads, vocabulary against tokenizer: from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from regraft.core.architectures import Architecture, architecture_of
+from regraft.core.checkpoint import Checkpoint
+from regraft.core.errors import RegraftError, Unsupported
+from regraft.core.transfer import hash_range, new_hasher
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is not as it should be. A fatal one makes the checkpoint unusable."""
+
+    message: str
+    where: str
+    expected: str = ""
+    found: str = ""
+    remedy: str = ""
+    fatal: bool = True
+
+    def __str__(self) -> str:
+        """One line."""
+        details = [f"expected {self.expected}"] * bool(self.expected) + [f"found {self.found}"] * bool(self.found)
+        return f"{self.where}: {self.message}" + (f" ({', '.join(details)})" if details else "")
+
+
+def check_structure(checkpoint: Checkpoint, families: Sequence[Any] = ()) -> list[Finding]:
+    """Everything that headers, config and tokenizer tell against each other.
+
+    Args:
+        checkpoint: what is checked; no weight is read, except a stored head that the config calls tied.
+        families: rows of plugins for `architecture_of`.
+    """
+    try:
+        architecture = architecture_of(checkpoint.config, checkpoint.specs, families=families, derive=False)
+    except Unsupported as error:
+        note = Finding("tensors were not compared with the config", f"{checkpoint.label}: config.json", found=error.message, fatal=False)
+        return [note, *_vocabulary(checkpoint, None)]
+    return [*_tensors(checkpoint, architecture), *_tied(checkpoint, architecture), *_vocabulary(checkpoint, architecture)]
+
+
+def raise_findings(findings: Sequence[Finding], kind: type[RegraftError]) -> None:
+    """Raise the first fatal finding as `kind`, with the number of the others."""
+    fatal = [finding for finding in findings if finding.fatal]
+    if not fatal:
+        return
+    first, others = fatal[0], len(fatal) - 1
+    message = first.message + (f" (and {others} more)" if others else "")
+    raise kind(message, where=first.where, expected=first.expected or None, found=first.found or None, remedy=first.remedy or None)
+
+
+def _tensors(checkpoint: Checkpoint, architecture: Architecture) -> Iterator[Finding]:
+    expected = architecture.expected_specs()
+    head = _head(architecture)
+    for name, shape in expected.items():
+        spec = checkpoint.specs.get(name)
+        where = f"{checkpoint.label}: {name}"
+        if spec is None:
+            yield Finding("a tensor is missing that the config calls for", where, f"shape {list(shape)}", "no such tensor",
+                          "correct config.json, or fetch the missing weights")  # fmt: skip
+        elif spec.shape != tuple(shape):
+            yield Finding("the shape contradicts the config", where, f"{list(shape)}", f"{list(spec.shape)}",
+                          "config.json and weights are of different models: fetch both again")  # fmt: skip
+    extra = [name for name in checkpoint.specs if name not in expected and name != head and not _is_buffer(name)]
+    if extra:
+        shown = ", ".join(extra[:_SHOWN]) + (", ..." if len(extra) > _SHOWN else "")
+        yield Finding(f"{len(extra)} tensors are unknown to the config and carried as they are", checkpoint.label, found=shown, fatal=False)
+
+
+def _is_buffer(name: str) -> bool:
+    """Buffers that older checkpoints store and every loader ignores."""
+    return name.endswith((".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias"))
+
+
+def _head(architecture: Architecture) -> str:
+    try:
+        return architecture.slot("lm_head").tensor
+    except RegraftError:
+        return "lm_head.weight"
+
+
+def _tied(checkpoint: Checkpoint, architecture: Architecture) -> Iterator[Finding]:
+    """A tied config with a stored head: harmless only if the head is the embedding, byte for byte."""
+    head, embedding = "lm_head.weight", architecture.slot("embed_tokens").tensor
+    if not architecture.tie_word_embeddings or head not in checkpoint.specs or head == embedding:
+        return
+    remedy = "set tie_word_embeddings to false in config.json, or remove the stored head"
+    if _digest(checkpoint, head) != _digest(checkpoint, embedding):
+        yield Finding("the config ties the head to the embedding, but another head is stored", f"{checkpoint.label}: {head}",
+                      f"no {head}, or one equal to {embedding}", "a different tensor", remedy)  # fmt: skip
+    else:
+        yield Finding("the tied head is stored a second time", f"{checkpoint.label}: {head}", fatal=False)
+
+
+def _digest(checkpoint: Checkpoint, name: str) -> str:
+    hasher = new_hasher("xxh3")
+    tensor = checkpoint.tensor(name)
+    if tensor.raw is None:
+        import torch
+
+        hasher.update(memoryview(tensor.load().contiguous().view(torch.uint8).numpy()))
+    else:
+        with tensor.raw.path.open("rb") as file:
+            hash_range(file.fileno(), tensor.raw.offset, tensor.raw.nbytes, hasher)
+    return hasher.hexdigest()
+
+
+def _vocabulary(checkpoint: Checkpoint, architecture: Architecture | None) -> Iterator[Finding]:
+    tokenizer = checkpoint.json("tokenizer.json")
+    if not tokenizer or architecture is None:
+        return
+    ids = token_ids(tokenizer)
+    embedding = checkpoint.specs.get(architecture.slot("embed_tokens").tensor)
+    if not ids or embedding is None:
+        return
+    needed = max(ids.values()) + 1
+    if needed > embedding.shape[0]:
+        last = max(ids, key=lambda token: ids[token])
+        yield Finding("the tokenizer has ids beyond the embedding's rows", f"{checkpoint.label}: tokenizer.json",
+                      f"ids below {embedding.shape[0]}", f"id {needed - 1} ({last!r})",
+                      "use the tokenizer that belongs to the weights, or add rows first")  # fmt: skip
+
+
+def token_ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:
+    """Every token of a tokenizer.json with its id, added tokens included."""
+    model = tokenizer.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
+    if isinstance(vocabulary, Mapping):
+        ids = {token: index for token, index in vocabulary.items() if isinstance(index, int)}
+    else:
+        pieces = vocabulary if isinstance(vocabulary, Sequence) else ()
+        ids = {str(piece[0]): index for index, piece in enumerate(pieces) if isinstance(piece, Sequence) and piece}
+    for token in tokenizer.get("added_tokens") or ():
+        if isinstance(token, Mapping) and isinstance(token.get("id"), int) and token.get("content") not in ids:
+            ids[str(token.get("content"))] = token["id"]
+    return ids

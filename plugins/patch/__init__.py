@@ -1,0 +1,58 @@
+"""`patch`: apply again what `regraft apply --save-patches` saved from a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from regraft.core.checkpoint import Checkpoint
+from regraft.core.errors import Unsupported
+from regraft.core.hookspecs import hookimpl
+from regraft.core.patch import Patch
+from regraft.core.transformation import AnyTransformation, Params, WeightSpace
+
+
+class PatchParams(Params):
+    """Parameters of `patch`."""
+
+    path: Path = Field(description="A `.regraft` folder that `apply --save-patches` wrote.")
+
+
+class ReapplyPatch(WeightSpace[PatchParams]):
+    """Applies a saved patch to a checkpoint with the same tensors as the one it was made for."""
+
+    name = "patch"
+    summary = "Apply a saved patch again."
+    Params = PatchParams
+
+    def check(self, checkpoint: Checkpoint, params: PatchParams) -> None:
+        """Refuse a checkpoint whose tensors are not those that the patch reads.
+
+        Raises:
+            Unsupported: a tensor is missing, or has another dtype or shape.
+        """
+        from regraft.core.patch_folder import load_patch
+
+        patch, reads = load_patch(params.path)
+        for name, spec in reads.items():
+            found = checkpoint.specs.get(name)
+            if found != spec:
+                raise Unsupported("the patch was made for another checkpoint", where=f"{params.path}: {name}", expected=spec,
+                                  found=found or "no such tensor", remedy="apply it to the checkpoint it was saved from")  # fmt: skip
+        for name in [*patch.removals, *patch.renames.values()]:
+            if name not in checkpoint.specs:
+                raise Unsupported("the patch was made for another checkpoint", where=f"{params.path}: {name}",
+                                  found="no such tensor", remedy="apply it to the checkpoint it was saved from")  # fmt: skip
+
+    def patch(self, checkpoint: Checkpoint, params: PatchParams) -> Patch:
+        """The saved patch."""
+        from regraft.core.patch_folder import load_patch
+
+        return load_patch(params.path)[0]
+
+
+@hookimpl
+def regraft_transformations() -> list[type[AnyTransformation]]:
+    """Our transformation."""
+    return [ReapplyPatch]
