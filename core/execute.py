@@ -8,11 +8,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.devices import resolve_device
-from regraft.core.errors import InputError, PluginError, RegraftError, ResourceError, TransformationError, VerificationError
+from regraft.core.errors import (
+    InputError,
+    PluginError,
+    RegraftError,
+    ResourceError,
+    TransformationError,
+    VerificationError,
+)
 from regraft.core.host import Host
 from regraft.core.jsonio import dump
 from regraft.core.layout import lay_out
@@ -210,9 +217,13 @@ def _write(
 ) -> WriteReport:
     layout = lay_out(result, plan.recipe.output.shard_bytes)
     if plan.exact and layout.files != plan.layout.files:
-        raise TransformationError("the output is not what the plan said", expected=plan.layout.files, found=layout.files)
+        raise TransformationError(
+            "the output is not what the plan said", expected=plan.layout.files, found=layout.files
+        )
     events.start(sum(tensor.spec.nbytes for tensor in result.tensors.values()))
-    choices = WriteOptions(device, plan.threads, options.link, plan.recipe.output.digest, options.durable, options.strict)
+    choices = WriteOptions(
+        device, plan.threads, options.link, plan.recipe.output.digest, options.durable, options.strict
+    )
     written = Writer(space.output, choices, events.advance).write(layout)
     if layout.index is not None:
         (space.output / INDEX).write_bytes(layout.index)
@@ -248,7 +259,9 @@ def verify_output(
         raise VerificationError("the written tensors are not those of the plan", where=output.name)
     stray = set(written.files) - set(result.files) - {CARD}
     if stray:
-        raise VerificationError("the output has files that nothing wrote", where=output.name, found=", ".join(sorted(stray)))
+        raise VerificationError(
+            "the output has files that nothing wrote", where=output.name, found=", ".join(sorted(stray))
+        )
     raise_findings(check_structure(written, host.architectures()), VerificationError)
     depth = options.verify or plan.recipe.output.verify
     if depth in ("load", "forward"):

@@ -176,7 +176,7 @@ def _ordered(entries: Sequence[EntryPoint]) -> list[EntryPoint]:
     key: Callable[[EntryPoint], tuple[bool, str]] = lambda entry: (
         _info(entry).distribution == OWN_DISTRIBUTION,
         entry.name,
-    )  # noqa: E731
+    )
     return sorted(entries, key=key)
 
 

@@ -83,8 +83,12 @@ def lay_out(checkpoint: Checkpoint, shard_bytes: int) -> Layout:
     if groups is None or any(_size(group) > shard_bytes for group in groups if len(group) > 1):
         groups = _packed(checkpoint.tensors.values(), shard_bytes)
     count = len(groups)
-    names = [SINGLE] if count == 1 else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    return Layout(tuple(Shard(name, tuple(group), _same_file(group)) for name, group in zip(names, groups, strict=True)))
+    names = (
+        [SINGLE] if count == 1 else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    )
+    return Layout(
+        tuple(Shard(name, tuple(group), _same_file(group)) for name, group in zip(names, groups, strict=True))
+    )
 
 
 def _base_groups(checkpoint: Checkpoint) -> list[list[LazyTensor]] | None:

@@ -73,7 +73,9 @@ def load_patch(folder: Path) -> tuple[Patch, dict[str, TensorSpec]]:
         InputError: it is no patch folder, or its contents contradict each other.
     """
     if not (folder / _DOCUMENT).is_file():
-        raise InputError(f"is not a saved patch: it has no {_DOCUMENT}", where=folder, expected="a folder from --save-patches")
+        raise InputError(
+            f"is not a saved patch: it has no {_DOCUMENT}", where=folder, expected="a folder from --save-patches"
+        )
     document = read_object(folder / _DOCUMENT)
     if document.get("schema") != PATCH_SCHEMA:
         raise InputError("a patch of another version", where=folder / _DOCUMENT, expected=f"schema {PATCH_SCHEMA}",
@@ -98,7 +100,9 @@ def load_patch(folder: Path) -> tuple[Patch, dict[str, TensorSpec]]:
     return patch, reads
 
 
-def _save_edit(name: str, edit: Edit, below: Checkpoint, above: Checkpoint, tensors: dict[str, LazyTensor]) -> dict[str, Any]:
+def _save_edit(
+    name: str, edit: Edit, below: Checkpoint, above: Checkpoint, tensors: dict[str, LazyTensor]
+) -> dict[str, Any]:
     operation: Operation = edit.operation
     if operation.kind not in _KINDS:
         operation = Value(above.tensors[name])
@@ -118,7 +122,9 @@ def _spec_json(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
 
 
-def _load_edit(name: str, item: Mapping[str, Any], stored: Mapping[str, LazyTensor], reads: dict[str, TensorSpec]) -> Edit:
+def _load_edit(
+    name: str, item: Mapping[str, Any], stored: Mapping[str, LazyTensor], reads: dict[str, TensorSpec]
+) -> Edit:
     inputs = [TensorSpec(source["name"], source["dtype"], tuple(source["shape"])) for source in item["inputs"]]
     reads.update({spec.name: spec for spec in inputs})
     operands = {role: stored[key] for role, key in item["operands"].items()}

@@ -22,7 +22,9 @@ LOCK_SCHEMA = 1
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "triton", "bitsandbytes", "gguf")
 
 
-def lock_document(plan: Plan, patches: Sequence[Patch], written: WriteReport, output: Path, device: str) -> dict[str, Any]:
+def lock_document(
+    plan: Plan, patches: Sequence[Patch], written: WriteReport, output: Path, device: str
+) -> dict[str, Any]:
     """The lock file of a finished run.
 
     Args:
@@ -138,7 +140,9 @@ def model_card(plan: Plan, patches: Sequence[Patch], result: Checkpoint) -> byte
         front += [f"base_model: {base.model}"]
     lines = [*front, "---", "", f"# {recipe.name}", "", f"Written by regraft from `{base.model}`."]
     lines += ["", "| step | transformation | source |", "|---|---|---|"]
-    lines += [f"| {step.id} | {step.transformation.summary} | {step.transformation.paper or '-'} |" for step in plan.steps]
+    lines += [
+        f"| {step.id} | {step.transformation.summary} | {step.transformation.paper or '-'} |" for step in plan.steps
+    ]
     for step, patch in zip(plan.steps, patches, strict=True):
         lines += _step_section(step, patch)
     needs_code = any("auto_map" in patch.json.get("config.json", {}) for patch in patches)
@@ -151,8 +155,13 @@ def model_card(plan: Plan, patches: Sequence[Patch], result: Checkpoint) -> byte
 
 def _step_section(step: PlannedStep, patch: Patch) -> list[str]:
     lines = ["", f"## {step.id}", "", *(f"- {note}" for note in patch.notes)]
-    numbers: Mapping[str, Any] = {name: value for name, value in patch.metrics.items() if isinstance(value, int | float | str)}
-    return lines + [f"- {name}: {value:.6g}" if isinstance(value, float) else f"- {name}: {value}" for name, value in numbers.items()]
+    numbers: Mapping[str, Any] = {
+        name: value for name, value in patch.metrics.items() if isinstance(value, int | float | str)
+    }
+    return lines + [
+        f"- {name}: {value:.6g}" if isinstance(value, float) else f"- {name}: {value}"
+        for name, value in numbers.items()
+    ]
 
 
 def _usage(needs_code: bool) -> list[str]:

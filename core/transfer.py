@@ -63,7 +63,9 @@ def clone_file(source: int, target: int) -> bool:
     return True
 
 
-def copy_range(source: int, target: int, source_offset: int, target_offset: int, nbytes: int, hasher: Hasher | None = None) -> None:
+def copy_range(
+    source: int, target: int, source_offset: int, target_offset: int, nbytes: int, hasher: Hasher | None = None
+) -> None:
     """Copy bytes from one open file to another; through user space only if `hasher` wants to see them."""
     if hasher is not None:
         _copy_hashing(source, target, source_offset, target_offset, nbytes, hasher)
@@ -71,7 +73,9 @@ def copy_range(source: int, target: int, source_offset: int, target_offset: int,
     done = 0
     while done < nbytes:
         try:
-            count = os.copy_file_range(source, target, min(nbytes - done, _KERNEL_PIECE), source_offset + done, target_offset + done)
+            count = os.copy_file_range(
+                source, target, min(nbytes - done, _KERNEL_PIECE), source_offset + done, target_offset + done
+            )
         except OSError as error:
             if error.errno not in _CANNOT_CLONE:
                 raise
@@ -82,7 +86,9 @@ def copy_range(source: int, target: int, source_offset: int, target_offset: int,
         done += count
 
 
-def _copy_hashing(source: int, target: int, source_offset: int, target_offset: int, nbytes: int, hasher: Hasher) -> None:
+def _copy_hashing(
+    source: int, target: int, source_offset: int, target_offset: int, nbytes: int, hasher: Hasher
+) -> None:
     phase = _phase(source_offset, target_offset)
 
     def write(piece: memoryview, position: int) -> None:
@@ -100,7 +106,11 @@ def hash_range(source: int, offset: int, nbytes: int, hasher: Hasher) -> None:
 
 
 def _each_piece(source: int, offset: int, nbytes: int, phase: int, use: Callable[[memoryview, int], None]) -> None:
-    with mmap.mmap(-1, CHUNK_BYTES + PAGE_BYTES) as pages, memoryview(pages) as whole, whole[phase : phase + CHUNK_BYTES] as buffer:
+    with (
+        mmap.mmap(-1, CHUNK_BYTES + PAGE_BYTES) as pages,
+        memoryview(pages) as whole,
+        whole[phase : phase + CHUNK_BYTES] as buffer,
+    ):
         done = 0
         while done < nbytes:
             with buffer[: min(CHUNK_BYTES, nbytes - done)] as wanted:
@@ -115,5 +125,5 @@ def _each_piece(source: int, offset: int, nbytes: int, phase: int, use: Callable
 def _phase(source_offset: int, target_offset: int) -> int:
     """The buffer's address modulo a page that keeps both copies out of the slow zone (see buffers.py)."""
     distance = (source_offset - target_offset) % PAGE_BYTES
-    near = 0 < distance < 64 or PAGE_BYTES - 64 < distance
+    near = 0 < distance < 64 or distance > PAGE_BYTES - 64
     return (target_offset + (PAGE_BYTES // 2 if near else 0)) % PAGE_BYTES

@@ -72,7 +72,7 @@ class Transformation(ABC, Generic[P]):
     """Changes whenever the same parameters give other bytes; part of the lock file."""
     Params: type[P]
 
-    def check(self, checkpoint: Checkpoint, params: P) -> None:  # noqa: B027
+    def check(self, checkpoint: Checkpoint, params: P) -> None:
         """Refuse what cannot be done.
 
         Raises:

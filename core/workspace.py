@@ -70,7 +70,9 @@ def check_target(target: Path, *, force: bool, inputs: tuple[Path, ...] = ()) ->
     for path in inputs:
         source = path.resolve()
         if source == resolved:
-            raise UsageError("the target is an input of the recipe", where=target, remedy="choose another [output] path")
+            raise UsageError(
+                "the target is an input of the recipe", where=target, remedy="choose another [output] path"
+            )
         if source.is_dir() and resolved.is_relative_to(source):
             raise UsageError("the target stands inside an input of the recipe", where=target, found=f"input {path}",
                              remedy="choose an [output] path outside it")  # fmt: skip

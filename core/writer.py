@@ -66,7 +66,9 @@ class WriteReport:
 class Writer:
     """Writes the shards of one layout into a folder."""
 
-    def __init__(self, folder: Path, options: WriteOptions, progress: Callable[[int], None] = lambda nbytes: None) -> None:
+    def __init__(
+        self, folder: Path, options: WriteOptions, progress: Callable[[int], None] = lambda nbytes: None
+    ) -> None:
         self.folder = folder
         self.options = options
         self.report = WriteReport()
@@ -85,7 +87,11 @@ class Writer:
             InputError: an input cannot be read.
         """
         computes = any(tensor.raw is None for shard in layout.shards for tensor in shard.tensors)
-        with _resources(self.folder), _single_threaded_torch(computes), ThreadPoolExecutor(self.options.threads) as pool:
+        with (
+            _resources(self.folder),
+            _single_threaded_torch(computes),
+            ThreadPoolExecutor(self.options.threads) as pool,
+        ):
             pending = []
             for shard in layout.shards:
                 pending += [pool.submit(self._guarded, job) for job in self._jobs(shard)]
@@ -291,7 +297,9 @@ def _resources(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free some space, or choose another [output] path" if full else "check the target's file system and rights"
+        remedy = (
+            "free some space, or choose another [output] path" if full else "check the target's file system and rights"
+        )
         raise ResourceError("the disk is full" if full else f"cannot be written: {error.strerror}", where=folder.parent.parent,
                             remedy=remedy) from None  # fmt: skip
 

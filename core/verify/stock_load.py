@@ -15,7 +15,9 @@ def load(folder: str, trust: bool) -> tuple[Any, dict[str, Any]]:
 
     options = {"trust_remote_code": True} if trust else {}
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True, **options)
-    return model, {key: sorted(map(str, info.get(key) or ())) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    return model, {
+        key: sorted(map(str, info.get(key) or ())) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
 
 
 def forward(model: Any) -> dict[str, Any]:
@@ -28,7 +30,10 @@ def forward(model: Any) -> dict[str, Any]:
         both = model.eval()(input_ids=ids).logits.float()
         alone = model(input_ids=ids[:1]).logits.float()
     scale = both.abs().max().item()
-    return {"finite": bool(torch.isfinite(both).all()), "batch_error": (both[:1] - alone).abs().max().item() / max(scale, 1e-30)}
+    return {
+        "finite": bool(torch.isfinite(both).all()),
+        "batch_error": (both[:1] - alone).abs().max().item() / max(scale, 1e-30),
+    }
 
 
 def main() -> None:

@@ -41,9 +41,18 @@ def check_structure(checkpoint: Checkpoint, families: Sequence[Any] = ()) -> lis
     try:
         architecture = architecture_of(checkpoint.config, checkpoint.specs, families=families, derive=False)
     except Unsupported as error:
-        note = Finding("tensors were not compared with the config", f"{checkpoint.label}: config.json", found=error.message, fatal=False)
+        note = Finding(
+            "tensors were not compared with the config",
+            f"{checkpoint.label}: config.json",
+            found=error.message,
+            fatal=False,
+        )
         return [note, *_vocabulary(checkpoint, None)]
-    return [*_tensors(checkpoint, architecture), *_tied(checkpoint, architecture), *_vocabulary(checkpoint, architecture)]
+    return [
+        *_tensors(checkpoint, architecture),
+        *_tied(checkpoint, architecture),
+        *_vocabulary(checkpoint, architecture),
+    ]
 
 
 def raise_findings(findings: Sequence[Finding], kind: type[RegraftError]) -> None:
@@ -53,7 +62,13 @@ def raise_findings(findings: Sequence[Finding], kind: type[RegraftError]) -> Non
         return
     first, others = fatal[0], len(fatal) - 1
     message = first.message + (f" (and {others} more)" if others else "")
-    raise kind(message, where=first.where, expected=first.expected or None, found=first.found or None, remedy=first.remedy or None)
+    raise kind(
+        message,
+        where=first.where,
+        expected=first.expected or None,
+        found=first.found or None,
+        remedy=first.remedy or None,
+    )
 
 
 def _tensors(checkpoint: Checkpoint, architecture: Architecture) -> Iterator[Finding]:
@@ -71,12 +86,19 @@ def _tensors(checkpoint: Checkpoint, architecture: Architecture) -> Iterator[Fin
     extra = [name for name in checkpoint.specs if name not in expected and name != head and not _is_buffer(name)]
     if extra:
         shown = ", ".join(extra[:_SHOWN]) + (", ..." if len(extra) > _SHOWN else "")
-        yield Finding(f"{len(extra)} tensors are unknown to the config and carried as they are", checkpoint.label, found=shown, fatal=False)
+        yield Finding(
+            f"{len(extra)} tensors are unknown to the config and carried as they are",
+            checkpoint.label,
+            found=shown,
+            fatal=False,
+        )
 
 
 def _is_buffer(name: str) -> bool:
     """Buffers that older checkpoints store and every loader ignores."""
-    return name.endswith((".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias"))
+    return name.endswith(
+        (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+    )
 
 
 def _head(architecture: Architecture) -> str:

@@ -1,0 +1,98 @@
+"""`regraft apply`: run a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from regraft.cli.console import human_bytes, print_json, progress, tell
+from regraft.cli.options import Json, RecipeName, Set, Threads, target_of, validated
+
+if TYPE_CHECKING:
+    from regraft.core.execute import ApplyReport
+
+
+def apply(
+    recipe: RecipeName,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Target folder; overrides [output] path.")
+    ] = None,
+    overrides: Set = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    threads: Threads = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace a target that is not empty, whole.")] = False,
+    link: Annotated[
+        bool, typer.Option("--link", help="Hard-link untouched weight files instead of copying them.")
+    ] = False,
+    durable: Annotated[
+        bool, typer.Option("--durable/--no-durable", help="Flush to the disk before the target appears.")
+    ] = True,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse NaN and Inf in tensors that a step reads.")] = False,
+    verify: Annotated[str | None, typer.Option(help="structure, load or forward; overrides [output] verify.")] = None,
+    save_patches: Annotated[Path | None, typer.Option(help="Save each step's patch into this folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe and write a new checkpoint."""
+    from regraft.core.errors import UsageError
+    from regraft.core.execute import ApplyOptions, Events
+    from regraft.core.execute import apply as run
+    from regraft.core.host import host
+
+    if verify not in (None, "structure", "load", "forward"):
+        raise UsageError("unknown depth", where="--verify", expected="structure, load or forward", found=verify)
+    parsed = validated(recipe, overrides)
+    target = target_of(parsed, output)
+    options = ApplyOptions(device, threads, force, link, durable, strict, verify, save_patches)
+    with progress(as_json=as_json) as bar:
+        events = Events(say=lambda line: None if as_json else tell(line), start=bar.start, advance=bar.advance)
+        report = run(parsed, target, host(), options, events)
+    if as_json:
+        print_json(as_document(report))
+    else:
+        _print(report)
+
+
+def as_document(report: ApplyReport) -> dict[str, Any]:
+    """The report as a JSON object."""
+    written = report.written
+    return {
+        "target": str(report.target),
+        "bytes": report.output_bytes,
+        "copied_bytes": written.copied_bytes,
+        "computed_bytes": written.computed_bytes,
+        "linked_bytes": written.linked_bytes,
+        "seconds": round(report.seconds, 3),
+        "verified": report.verified,
+        "steps": [
+            {"id": step.id, "use": step.transformation.name, "metrics": dict(patch.metrics), "notes": list(patch.notes)}
+            for step, patch in zip(report.plan.steps, report.patches, strict=True)
+        ],
+        "changes": {kind: len(names) for kind, names in report.plan.changes.items()},
+        "left_behind": dict(report.plan.result.left_behind),
+        "non_finite_inputs": {name: vars(count) for name, count in written.non_finite.items()},
+        "findings": [str(finding) for finding in report.findings],
+    }
+
+
+def _print(report: ApplyReport) -> None:
+    for finding in report.findings:
+        tell(f"note: {finding}")
+    for name, count in report.written.non_finite.items():
+        tell(f"warning: {name}: {count} in the base, carried through the step that reads it (--strict refuses)")
+    for name, reason in report.plan.result.left_behind.items():
+        tell(f"left behind: {name}: {reason}")
+    for step, patch in zip(report.plan.steps, report.patches, strict=True):
+        print(f"{step.id}: {step.transformation.summary}")
+        for note in patch.notes:
+            print(f"  {note}")
+    print(
+        f"wrote {report.target}: {human_bytes(report.output_bytes)} in {report.seconds:.1f} s, verified: {report.verified}"
+    )
+    print(f'use it: AutoModelForCausalLM.from_pretrained("{report.target}"{_trust(report)})')
+
+
+def _trust(report: ApplyReport) -> str:
+    code = any("auto_map" in patch.json.get("config.json", {}) for patch in report.patches)
+    return ", trust_remote_code=True" if code else ""

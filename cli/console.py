@@ -1,0 +1,114 @@
+"""What reaches the terminal: results on stdout, progress and errors on stderr, both as JSON on request."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from regraft.core.errors import RegraftError
+
+JSON_SCHEMA = 1
+"""Version of every JSON object that commands print."""
+
+INTERRUPTED = 130
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps({"schema": JSON_SCHEMA, **document}, indent=2, ensure_ascii=False, default=str))
+
+
+def tell(line: str) -> None:
+    """One line on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def fail(error: Exception, *, as_json: bool) -> int:
+    """Say what went wrong; gives the exit code."""
+    if not isinstance(error, RegraftError):
+        facts = {"error": type(error).__name__, "exit_code": 1, "message": str(error)}
+        text = f"unexpected {type(error).__name__}: {error}\n  remedy: run again with --traceback and report it"
+    else:
+        facts, text = error.as_json(), str(error)
+    tell(json.dumps({"schema": JSON_SCHEMA, **facts}, ensure_ascii=False) if as_json else f"error: {text}")
+    return int(facts["exit_code"])
+
+
+def interrupted() -> int:
+    """Say so; gives the exit code."""
+    tell("interrupted; the target is untouched")
+    return INTERRUPTED
+
+
+def human_bytes(count: float) -> str:
+    """`3.48 GB`; units of a thousand."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Left-aligned columns; the first row is the heading."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)
+
+
+class Progress:
+    """Bytes done of bytes to do: a bar with ETA on a terminal, JSON lines with `--json`, else nothing."""
+
+    def __init__(self, show: Callable[[int, int], None]) -> None:
+        self._show = show
+        self.total = 0
+        self.done = 0
+
+    def start(self, total: int) -> None:
+        """So many bytes will be written."""
+        self.total = total
+        self._show(0, total)
+
+    def advance(self, nbytes: int) -> None:
+        """So many more are."""
+        self.done += nbytes
+        self._show(self.done, self.total)
+
+
+@contextmanager
+def progress(*, as_json: bool) -> Iterator[Progress]:
+    """A progress display for the time of a `with` block."""
+    if as_json:
+        yield Progress(_json_lines())
+    elif sys.stderr.isatty():
+        with _bar() as show:
+            yield Progress(show)
+    else:
+        yield Progress(lambda done, total: None)
+
+
+def _json_lines(interval_seconds: float = 0.5) -> Callable[[int, int], None]:
+    last = [0.0]
+
+    def show(done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - last[0] >= interval_seconds or done >= total:
+            last[0] = now
+            tell(json.dumps({"schema": JSON_SCHEMA, "event": "progress", "bytes": done, "total_bytes": total}))
+
+    return show
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("write", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

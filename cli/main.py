@@ -1,0 +1,109 @@
+"""The `regraft` command: which subcommands there are, and what becomes of an error."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Annotated, Any
+
+import click
+import typer
+from typer.core import TyperGroup
+
+from regraft.cli import apply, check, diff, inspect, plan, plugins, recipes, schema, verify
+from regraft.cli.console import fail, interrupted
+
+
+class Commands(TyperGroup):
+    """Built-in commands first; plugins are loaded only for `--help` and for a command that is not built in."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name."""
+        command = super().get_command(ctx, cmd_name)
+        if command is None:
+            self._add_plugin_commands()
+            command = super().get_command(ctx, cmd_name)
+        return command
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Every name, in the order of a day's work."""
+        from regraft.core.host import third_party_installed
+
+        if third_party_installed():
+            self._add_plugin_commands()
+        return list(self.commands)
+
+    def _add_plugin_commands(self) -> None:
+        from regraft.core.host import host
+
+        extra = typer.Typer()
+        host().add_commands(extra)
+        if extra.registered_commands or extra.registered_groups:
+            group = typer.main.get_group(extra)
+            for name, command in group.commands.items():
+                self.commands.setdefault(name, command)
+
+
+app = typer.Typer(
+    cls=Commands,
+    name="regraft",
+    help="Rewrite language-model checkpoints: one recipe, one read, one verified safetensors checkpoint.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"regraft {version('regraft')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show the Python traceback of an error.")] = False,
+) -> None:
+    """Rewrite language-model checkpoints: one recipe, one read, one verified safetensors checkpoint."""
+
+
+for _module in (apply, plan, check, inspect, diff, verify, plugins, schema):
+    app.command()(getattr(_module, _module.__name__.rpartition(".")[2]))
+app.add_typer(recipes.app, name="recipes")
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with the documented code: 0, 1, 2, 3, 4, 5, or 130."""
+    given = sys.argv[1:] if arguments is None else arguments
+    show_traceback = "--traceback" in given
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code: Any = app(args=[argument for argument in given if argument != "--traceback"], standalone_mode=False)
+    except click.exceptions.Abort:
+        code = interrupted()
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = interrupted()
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 0
+    except Exception as error:
+        if show_traceback:
+            raise
+        code = fail(error, as_json="--json" in given)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,92 @@
+"""`regraft plan`: what a recipe would do, exact to the byte; writes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from regraft.cli.console import human_bytes, print_json
+from regraft.cli.options import Json, RecipeName, Set, Threads, validated
+
+if TYPE_CHECKING:
+    from regraft.core.plan import Plan
+
+
+def plan(
+    recipe: RecipeName,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Target folder; its disk is looked at.")] = None,
+    overrides: Set = None,
+    threads: Threads = 0,
+    link: Annotated[bool, typer.Option("--link", help="Plan for hard links of untouched weight files.")] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="Name every tensor that changes.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a recipe would do: tensors, sizes, memory, disk. Refuses what apply would refuse."""
+    from regraft.core.execute import ApplyOptions, check_resources, disk_bytes, prepare
+    from regraft.core.host import host
+
+    parsed = validated(recipe, overrides)
+    made, findings = prepare(parsed, host(), ApplyOptions(threads=threads, link=link))
+    target = output or (Path(parsed.output.path) if parsed.output.path else None)
+    if target is not None:
+        check_resources(made, target, link=link)
+    document = as_document(made, disk_bytes(made, link=link))
+    if as_json:
+        print_json({**document, "findings": [str(finding) for finding in findings]})
+        return
+    for finding in findings:
+        print(f"note: {finding}")
+    _print(made, document, tensors=tensors)
+
+
+def as_document(made: Plan, disk: int) -> dict[str, Any]:
+    """The plan as a JSON object."""
+    return {
+        "recipe": made.recipe.resolved(),
+        "steps": [
+            {
+                "id": step.id,
+                "use": step.transformation.name,
+                "rewritten_or_added": len(step.outline.specs),
+                "removed": sorted(step.outline.removals),
+                "renamed": dict(step.outline.renames),
+                "json": {name: dict(change) for name, change in step.outline.json.items()},
+                "files": dict(step.outline.files),
+                "notes": list(step.outline.notes),
+            }
+            for step in made.steps
+        ],
+        "changes": {kind: list(names) for kind, names in made.changes.items()},
+        "weight_files": dict(made.layout.files),
+        "files": {name: file.nbytes for name, file in made.result.files.items()},
+        "left_behind": dict(made.result.left_behind),
+        "weight_bytes": made.weight_bytes,
+        "output_bytes": made.output_bytes,
+        "exact": made.exact,
+        "memory_bytes": made.memory_bytes,
+        "disk_bytes": disk,
+        "threads": made.threads,
+    }
+
+
+def _print(made: Plan, document: dict[str, Any], *, tensors: bool) -> None:
+    print(f"{made.recipe.name}: {made.base.label}, {len(made.base.tensors)} tensors")
+    for step in made.steps:
+        print(f"  {step.id}: {step.transformation.summary}")
+        for name, change in step.outline.json.items():
+            print(f"    {name}: {', '.join(change)}")
+        for note in step.outline.notes:
+            print(f"    {note}")
+    print("tensors: " + ", ".join(f"{len(names)} {kind}" for kind, names in made.changes.items()))
+    if tensors:
+        for kind in ("rewritten", "added", "dropped"):
+            for name in made.changes[kind]:
+                print(f"  {kind}: {made.result.specs.get(name, name)}")
+    for name, reason in made.result.left_behind.items():
+        print(f"left behind: {name}: {reason}")
+    exactly = "exactly" if made.exact else "at most"
+    print(f"output: {exactly} {made.output_bytes} bytes ({human_bytes(made.output_bytes)}) in {len(made.layout.files)} weight files "
+          f"and {len(made.result.files)} others, plus lock file and model card")  # fmt: skip
+    print(f"needs: {human_bytes(document['disk_bytes'])} of disk, at most {human_bytes(made.memory_bytes)} of memory")

@@ -1,0 +1,64 @@
+"""`regraft recipes`: list, show and copy the recipes that ship with regraft."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from regraft.cli.console import print_json, table
+from regraft.cli.options import Json
+
+app = typer.Typer(help="List, show and copy the shipped recipes.", no_args_is_help=False, invoke_without_command=True)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe.")]
+
+
+@app.callback()
+def recipes(context: typer.Context, as_json: Json = False) -> None:
+    """List the shipped recipes."""
+    if context.invoked_subcommand is None:
+        list_(as_json)
+
+
+@app.command("list")
+def list_(as_json: Json = False) -> None:
+    """List the shipped recipes."""
+    from regraft.core.recipe.shipped import shipped_recipes
+
+    found = [{"name": name, "summary": _summary(path)} for name, path in shipped_recipes().items()]
+    if as_json:
+        print_json({"recipes": found})
+    else:
+        print(table([("recipe", "what it does"), *((item["name"], item["summary"]) for item in found)]))
+
+
+@app.command()
+def show(name: Name) -> None:
+    """Print a shipped recipe."""
+    from regraft.core.recipe import find_recipe
+
+    print(find_recipe(name).read_text(), end="")
+
+
+@app.command()
+def copy(
+    name: Name,
+    target: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Where to; default NAME.toml here.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Copy a shipped recipe, to be changed."""
+    from regraft.core.errors import UsageError
+    from regraft.core.recipe import find_recipe
+
+    path = target or Path(f"{name}.toml")
+    if path.exists() and not force:
+        raise UsageError("the file exists already", where=path, remedy="choose another name, or give --force")
+    path.write_text(find_recipe(name).read_text())
+    print(path)
+
+
+def _summary(path: Path) -> str:
+    """The first comment line of a recipe."""
+    return next((line.lstrip("# ").strip() for line in path.read_text().splitlines() if line.startswith("#")), "")
