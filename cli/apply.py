@@ -87,9 +87,8 @@ def _print(report: ApplyReport) -> None:
         print(f"{step.id}: {step.transformation.summary}")
         for note in patch.notes:
             print(f"  {note}")
-    print(
-        f"wrote {report.target}: {human_bytes(report.output_bytes)} in {report.seconds:.1f} s, verified: {report.verified}"
-    )
+    size, seconds = human_bytes(report.output_bytes), f"{report.seconds:.1f} s"
+    print(f"wrote {report.target}: {size} in {seconds}, verified: {report.verified}")
     print(f'use it: AutoModelForCausalLM.from_pretrained("{report.target}"{_trust(report)})')
 
 

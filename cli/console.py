@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,12 +30,11 @@ def tell(line: str) -> None:
 def fail(error: Exception, *, as_json: bool) -> int:
     """Say what went wrong; gives the exit code."""
     if not isinstance(error, RegraftError):
-        facts = {"error": type(error).__name__, "exit_code": 1, "message": str(error)}
-        text = f"unexpected {type(error).__name__}: {error}\n  remedy: run again with --traceback and report it"
-    else:
-        facts, text = error.as_json(), str(error)
-    tell(json.dumps({"schema": JSON_SCHEMA, **facts}, ensure_ascii=False) if as_json else f"error: {text}")
-    return int(facts["exit_code"])
+        remedy = "run again with --traceback and report it"
+        error = RegraftError(f"unexpected {type(error).__name__}: {error}", remedy=remedy)
+    facts = {"schema": JSON_SCHEMA, **error.as_json()}
+    tell(json.dumps(facts, ensure_ascii=False) if as_json else f"error: {error}")
+    return error.exit_code
 
 
 def interrupted() -> int:
@@ -53,7 +52,7 @@ def human_bytes(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def table(rows: list[tuple[str, ...]]) -> str:
+def table(rows: Sequence[tuple[str, ...]]) -> str:
     """Left-aligned columns; the first row is the heading."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -32,8 +32,12 @@ def diff(
 
     extra = host().sources()
     ignore = frozenset() if everything else frozenset({"README.md", "README.base.md"})
-    found = compare_checkpoints(open_checkpoint(before, extra=extra), open_checkpoint(after, extra=extra), ignore=ignore,
-                                threads=worker_count(threads))  # fmt: skip
+    found = compare_checkpoints(
+        open_checkpoint(before, extra=extra),
+        open_checkpoint(after, extra=extra),
+        ignore=ignore,
+        threads=worker_count(threads),
+    )
     if as_json:
         print_json({"equal": not found, **asdict(found)})
     else:

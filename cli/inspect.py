@@ -34,9 +34,8 @@ def inspect(
 
 
 def _print(facts: dict[str, Any]) -> None:
-    print(
-        f"{facts['checkpoint']}: {facts['model_type']}, {facts['parameters'] / 1e6:,.1f} M parameters, {human_bytes(facts['bytes'])}"
-    )
+    size = f"{facts['parameters'] / 1e6:,.1f} M parameters, {human_bytes(facts['bytes'])}"
+    print(f"{facts['checkpoint']}: {facts['model_type']}, {size}")
     for label in (
         "architectures",
         "sizes",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -17,7 +17,7 @@ from regraft.cli.console import fail, interrupted
 class Commands(TyperGroup):
     """Built-in commands first; plugins are loaded only for `--help` and for a command that is not built in."""
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command of that name."""
         command = super().get_command(ctx, cmd_name)
         if command is None:
@@ -25,7 +25,7 @@ class Commands(TyperGroup):
             command = super().get_command(ctx, cmd_name)
         return command
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         """Every name, in the order of a day's work."""
         from regraft.core.host import third_party_installed
 
@@ -77,32 +77,31 @@ for _module in (apply, plan, check, inspect, diff, verify, plugins, schema):
 app.add_typer(recipes.app, name="recipes")
 
 
+class Interrupted(BaseException):
+    """Ctrl-C or a request to end: not a `KeyboardInterrupt`, which typer would turn into exit code 1."""
+
+
 def run(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with the documented code: 0, 1, 2, 3, 4, 5, or 130."""
     given = sys.argv[1:] if arguments is None else arguments
     show_traceback = "--traceback" in given
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
-        code: Any = app(args=[argument for argument in given if argument != "--traceback"], standalone_mode=False)
-    except click.exceptions.Abort:
-        code = interrupted()
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except KeyboardInterrupt:
-        code = interrupted()
+        app(args=[argument for argument in given if argument != "--traceback"])
+    except Interrupted:
+        sys.exit(interrupted())
     except BrokenPipeError:
-        sys.stderr.close()
-        code = 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except Exception as error:
         if show_traceback:
             raise
-        code = fail(error, as_json="--json" in given)
-    sys.exit(code if isinstance(code, int) else 0)
+        sys.exit(fail(error, as_json="--json" in given))
 
 
-def _terminate(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+def _interrupt(number: int, frame: Any) -> None:
+    raise Interrupted
 
 
 if __name__ == "__main__":

@@ -48,6 +48,10 @@ def target_of(recipe: Recipe, output: Path | None) -> Path:
     if output is not None:
         return output
     if recipe.output.path is None:
-        raise UsageError("the recipe does not say where the output goes", where=recipe.path, expected="[output] path",
-                         remedy="add it to the recipe, or give --output")  # fmt: skip
+        raise UsageError(
+            "the recipe does not say where the output goes",
+            where=recipe.path,
+            expected="[output] path",
+            remedy="add it to the recipe, or give --output",
+        )
     return Path(recipe.output.path)

@@ -87,6 +87,6 @@ def _print(made: Plan, document: dict[str, Any], *, tensors: bool) -> None:
     for name, reason in made.result.left_behind.items():
         print(f"left behind: {name}: {reason}")
     exactly = "exactly" if made.exact else "at most"
-    print(f"output: {exactly} {made.output_bytes} bytes ({human_bytes(made.output_bytes)}) in {len(made.layout.files)} weight files "
-          f"and {len(made.result.files)} others, plus lock file and model card")  # fmt: skip
+    where = f"{len(made.layout.files)} weight files and {len(made.result.files)} others, plus lock file and model card"
+    print(f"output: {exactly} {made.output_bytes} bytes ({human_bytes(made.output_bytes)}) in {where}")
     print(f"needs: {human_bytes(document['disk_bytes'])} of disk, at most {human_bytes(made.memory_bytes)} of memory")

@@ -15,13 +15,21 @@ def plugins(as_json: Json = False) -> None:
     owners = found.owners
     brings = {info.name: [name for name, owner in owners.items() if owner == info.name] for info in found.plugins}
     if as_json:
-        print_json({
-            "plugins": [{**vars(info), "transformations": brings[info.name]} for info in found.plugins],
-            "transformations": [
-                {"name": name, "summary": kind.summary, "paper": kind.paper, "loads_with": kind.loads_with, "version": kind.version}
-                for name, kind in transformations.items()
-            ],
-        })  # fmt: skip
+        print_json(
+            {
+                "plugins": [{**vars(info), "transformations": brings[info.name]} for info in found.plugins],
+                "transformations": [
+                    {
+                        "name": name,
+                        "summary": kind.summary,
+                        "paper": kind.paper,
+                        "loads_with": kind.loads_with,
+                        "version": kind.version,
+                    }
+                    for name, kind in transformations.items()
+                ],
+            }
+        )
         return
     rows = [("plugin", "package", "status", "transformations")]
     for info in found.plugins:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 PAGE_BYTES = 4096
 
 CHUNK_BYTES = 1 << 20
-"""What is read, computed and written at a time: large enough for the kernel, small enough for the second-level cache."""
+"""What is read, computed and written at a time: large enough for the kernel, small enough for a core's cache."""
 
 
 def phased_empty(nbytes: int, file_offset: int, *, pinned: bool = False) -> torch.Tensor:
@@ -48,8 +48,13 @@ def read_into(descriptor: int, buffer: torch.Tensor, offset: int, *, where: str)
             raise InputError(f"cannot be read: {error.strerror}", where=where) from None
         if count == 0:
             remedy = "nothing may change a checkpoint while it is read: try again"
-            raise InputError("the file ended while it was read", where=where, expected=f"{len(view)} bytes at {offset}",
-                             found=f"{done} bytes", remedy=remedy)  # fmt: skip
+            raise InputError(
+                "the file ended while it was read",
+                where=where,
+                expected=f"{len(view)} bytes at {offset}",
+                found=f"{done} bytes",
+                remedy=remedy,
+            )
         done += count
 
 

@@ -23,6 +23,11 @@ def resolve_device(wish: str) -> str:
     if wish == "auto":
         return "cuda:0" if count else "cpu"
     if int(number or 0) >= count:
-        raise ResourceError("there is no such device", where="--device", expected=wish, found=f"{count} CUDA devices",
-                            remedy="use --device cpu")  # fmt: skip
+        raise ResourceError(
+            "there is no such device",
+            where="--device",
+            expected=wish,
+            found=f"{count} CUDA devices",
+            remedy="use --device cpu",
+        )
     return f"cuda:{int(number or 0)}"

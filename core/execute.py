@@ -147,12 +147,21 @@ def check_resources(plan: Plan, target: Path, *, link: bool) -> None:
     parent = next(folder for folder in target.resolve().parents if folder.exists())
     free, needed = shutil.disk_usage(parent).free, disk_bytes(plan, link=link)
     if needed > free:
-        raise ResourceError("not enough disk space", where=target, expected=f"{needed} bytes free", found=f"{free} bytes",
-                            remedy="free some space, or choose another [output] path")  # fmt: skip
+        raise ResourceError(
+            "not enough disk space",
+            where=target,
+            expected=f"{needed} bytes free",
+            found=f"{free} bytes",
+            remedy="free some space, or choose another [output] path",
+        )
     available = available_memory()
     if available is not None and plan.memory_bytes > available:
-        raise ResourceError("not enough memory", expected=f"{plan.memory_bytes} bytes", found=f"{available} bytes available",
-                            remedy="use fewer --threads, or a machine with more memory")  # fmt: skip
+        raise ResourceError(
+            "not enough memory",
+            expected=f"{plan.memory_bytes} bytes",
+            found=f"{available} bytes available",
+            remedy="use fewer --threads, or a machine with more memory",
+        )
 
 
 def disk_bytes(plan: Plan, *, link: bool) -> int:
@@ -203,12 +212,18 @@ def _apply_step(step: PlannedStep, checkpoint: Checkpoint, run: Run) -> Patch:
     except RegraftError:
         raise
     except Exception as error:
-        raise PluginError(f"the transformation failed: {type(error).__name__}: {error}", where=f"step {step.id}",
-                          remedy="run again with --traceback and report it to the plugin's author") from error  # fmt: skip
+        raise PluginError(
+            f"the transformation failed: {type(error).__name__}: {error}",
+            where=f"step {step.id}",
+            remedy="run again with --traceback and report it to the plugin's author",
+        ) from error
     if deviations := step.outline.deviations(patch):
-        raise TransformationError("the patch is not what the plan said", where=f"step {step.id}",
-                                  found=f"differences in {', '.join(deviations)}",
-                                  remedy="report it to the plugin's author")  # fmt: skip
+        raise TransformationError(
+            "the patch is not what the plan said",
+            where=f"step {step.id}",
+            found=f"differences in {', '.join(deviations)}",
+            remedy="report it to the plugin's author",
+        )
     return patch
 
 

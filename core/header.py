@@ -89,16 +89,31 @@ def render_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> b
 
 def _header_length(path: Path, prefix: bytes, size: int) -> int:
     if len(prefix) < 8:
-        raise InputError("is too short for a safetensors file", where=path, expected="at least 8 bytes", found=f"{size} bytes",
-                         remedy=_REDOWNLOAD)  # fmt: skip
+        raise InputError(
+            "is too short for a safetensors file",
+            where=path,
+            expected="at least 8 bytes",
+            found=f"{size} bytes",
+            remedy=_REDOWNLOAD,
+        )
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
         remedy = "it is not a safetensors file, or it is damaged: fetch it again"
-        raise InputError("the header is too large", where=path, expected=f"at most {MAX_HEADER_BYTES} bytes",
-                         found=f"{length} bytes", remedy=remedy)  # fmt: skip
+        raise InputError(
+            "the header is too large",
+            where=path,
+            expected=f"at most {MAX_HEADER_BYTES} bytes",
+            found=f"{length} bytes",
+            remedy=remedy,
+        )
     if 8 + length > size:
-        raise InputError("is truncated inside its header", where=path, expected=f"{8 + length} bytes or more",
-                         found=f"{size} bytes", remedy=_REDOWNLOAD)  # fmt: skip
+        raise InputError(
+            "is truncated inside its header",
+            where=path,
+            expected=f"{8 + length} bytes or more",
+            found=f"{size} bytes",
+            remedy=_REDOWNLOAD,
+        )
     return length
 
 
@@ -110,8 +125,13 @@ def _json_object(path: Path, text: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError("the header is not JSON", where=path, found=error, remedy=_REDOWNLOAD) from None
     if not isinstance(document, dict):
-        raise InputError("the header is not a JSON object", where=path, expected="an object of tensors",
-                         found=type(document).__name__, remedy=_REDOWNLOAD)  # fmt: skip
+        raise InputError(
+            "the header is not a JSON object",
+            where=path,
+            expected="an object of tensors",
+            found=type(document).__name__,
+            remedy=_REDOWNLOAD,
+        )
     return document
 
 
@@ -130,8 +150,13 @@ def _unique(path: Path) -> Any:
 def _metadata(path: Path, value: Any) -> dict[str, str]:
     if isinstance(value, dict) and all(isinstance(item, str) for item in value.values()):
         return value
-    raise InputError("the metadata of the header is not a map of strings", where=f"{path}: __metadata__",
-                     expected="an object of strings", found=type(value).__name__, remedy=_REDOWNLOAD)  # fmt: skip
+    raise InputError(
+        "the metadata of the header is not a map of strings",
+        where=f"{path}: __metadata__",
+        expected="an object of strings",
+        found=type(value).__name__,
+        remedy=_REDOWNLOAD,
+    )
 
 
 def _is_count(value: Any) -> bool:
@@ -172,8 +197,13 @@ def _check_coverage(path: Path, entries: list[Entry], data_offset: int, file_byt
     for entry in entries:
         if entry.offset != expected:
             fault = "overlaps the tensor before it" if entry.offset < expected else "leaves a hole before it"
-            raise InputError(fault, where=f"{path}: {entry.spec.name}", expected=f"data at byte {expected}",
-                             found=f"byte {entry.offset}", remedy=_REDOWNLOAD)  # fmt: skip
+            raise InputError(
+                fault,
+                where=f"{path}: {entry.spec.name}",
+                expected=f"data at byte {expected}",
+                found=f"byte {entry.offset}",
+                remedy=_REDOWNLOAD,
+            )
         expected = entry.offset + entry.spec.nbytes
     if expected != file_bytes:
         fault = "is truncated" if expected > file_bytes else "has bytes that no tensor owns"

@@ -1,6 +1,6 @@
-"""The hooks through which plugins, ours included, reach regraft (pluggy project `regraft`, entry-point group `regraft`).
+"""The hooks through which plugins, ours included, reach regraft.
 
-A plugin is a module named by an entry point of the group `regraft`. It may say `regraft_api = ">=1,<2"`: a plugin that
+The pluggy project is `regraft`. A plugin is a module named by an entry point of the group `regraft`. It may say `regraft_api = ">=1,<2"`: a plugin that
 asks for an API range which does not contain `API_VERSION` is listed as broken and not loaded.
 """
 

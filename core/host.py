@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
@@ -78,9 +78,12 @@ class Host:
             for transformation in classes:
                 name = transformation.name
                 if name in found:
-                    raise PluginError("two plugins bring the same transformation", where=name,
-                                      found=f"{owner[name]} and {plugin}",
-                                      remedy=f"uninstall one, or set {DISABLE}={plugin}")  # fmt: skip
+                    raise PluginError(
+                        "two plugins bring the same transformation",
+                        where=name,
+                        found=f"{owner[name]} and {plugin}",
+                        remedy=f"uninstall one, or set {DISABLE}={plugin}",
+                    )
                 found[name], owner[name] = transformation, plugin
         self.owners = owner
         return found
@@ -129,8 +132,11 @@ class Host:
             except Exception as error:
                 reason = f"{hook} raised {type(error).__name__}: {error}"
                 if fatal:
-                    raise PluginError(f"the plugin failed: {reason}", where=info.name,
-                                      remedy=f"report it to {info.distribution}, or set {DISABLE}={info.name}") from error  # fmt: skip
+                    raise PluginError(
+                        f"the plugin failed: {reason}",
+                        where=info.name,
+                        remedy=f"report it to {info.distribution}, or set {DISABLE}={info.name}",
+                    ) from error
                 self.plugins[index] = _broken(info, reason)
                 continue
             yield info.name, results[0] if results else None
@@ -173,11 +179,11 @@ def third_party_installed() -> bool:
 
 def _ordered(entries: Sequence[EntryPoint]) -> list[EntryPoint]:
     """Third-party plugins first, by name, so that their sources are asked before ours; ours after them, by name."""
-    key: Callable[[EntryPoint], tuple[bool, str]] = lambda entry: (
-        _info(entry).distribution == OWN_DISTRIBUTION,
-        entry.name,
-    )
-    return sorted(entries, key=key)
+
+    def rank(entry: EntryPoint) -> tuple[bool, str]:
+        return _info(entry).distribution == OWN_DISTRIBUTION, entry.name
+
+    return sorted(entries, key=rank)
 
 
 def _info(entry: EntryPoint) -> PluginInfo:

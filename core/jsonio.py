@@ -39,8 +39,13 @@ def parse_object(data: bytes, where: object) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError("is not JSON", where=where, found=error, remedy="correct the file or fetch it again") from None
     if not isinstance(document, dict):
-        raise InputError("is not a JSON object", where=where, expected="an object", found=type(document).__name__,
-                         remedy="correct the file or fetch it again")  # fmt: skip
+        raise InputError(
+            "is not a JSON object",
+            where=where,
+            expected="an object",
+            found=type(document).__name__,
+            remedy="correct the file or fetch it again",
+        )
     return document
 
 
@@ -52,8 +57,12 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise InputError("the file is too large", where=path, expected=f"at most {MAX_JSON_BYTES} bytes",
-                             found=f"{path.stat().st_size} bytes")  # fmt: skip
+            raise InputError(
+                "the file is too large",
+                where=path,
+                expected=f"at most {MAX_JSON_BYTES} bytes",
+                found=f"{path.stat().st_size} bytes",
+            )
         data = path.read_bytes()
     except OSError as error:
         raise InputError(

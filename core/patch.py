@@ -20,7 +20,7 @@ from regraft.core.tensors import LazyTensor, PromisedTensor
 
 @dataclass(frozen=True)
 class Edit:
-    """How one output tensor is computed: its spec and the operation, whose inputs are tensors of the checkpoint below."""
+    """How one output tensor is computed: its spec, and the operation on tensors of the checkpoint below."""
 
     spec: TensorSpec
     operation: Operation
@@ -116,7 +116,7 @@ def overlay(below: Checkpoint, patch: Patch, *, by: str) -> Checkpoint:
         )
         for name, edit in patch.edits.items()
     }
-    return _assemble(below, computed, patch, {name: file for name, file in patch.files.items()}, by)
+    return _assemble(below, computed, patch, patch.files, by)
 
 
 def promise(below: Checkpoint, outline: Outline, *, by: str) -> Checkpoint:

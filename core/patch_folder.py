@@ -78,8 +78,13 @@ def load_patch(folder: Path) -> tuple[Patch, dict[str, TensorSpec]]:
         )
     document = read_object(folder / _DOCUMENT)
     if document.get("schema") != PATCH_SCHEMA:
-        raise InputError("a patch of another version", where=folder / _DOCUMENT, expected=f"schema {PATCH_SCHEMA}",
-                         found=document.get("schema"), remedy="save it again with this regraft")  # fmt: skip
+        raise InputError(
+            "a patch of another version",
+            where=folder / _DOCUMENT,
+            expected=f"schema {PATCH_SCHEMA}",
+            found=document.get("schema"),
+            remedy="save it again with this regraft",
+        )
     stored = WeightFile(folder / _TENSORS).tensors()
     reads: dict[str, TensorSpec] = {}
     try:
@@ -95,8 +100,12 @@ def load_patch(folder: Path) -> tuple[Patch, dict[str, TensorSpec]]:
             notes=tuple(document["notes"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError("the saved patch is malformed", where=folder / _DOCUMENT, found=f"{type(error).__name__}: {error}",
-                         remedy="save it again")  # fmt: skip
+        raise InputError(
+            "the saved patch is malformed",
+            where=folder / _DOCUMENT,
+            found=f"{type(error).__name__}: {error}",
+            remedy="save it again",
+        ) from None
     return patch, reads
 
 
@@ -137,8 +146,12 @@ def _load_edit(
 def _inside(name: str, folder: Path) -> str:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
-        raise InputError("the saved patch names a path outside its folder", where=folder / _DOCUMENT, found=name,
-                         remedy="do not trust this patch")  # fmt: skip
+        raise InputError(
+            "the saved patch names a path outside its folder",
+            where=folder / _DOCUMENT,
+            found=name,
+            remedy="do not trust this patch",
+        )
     return name
 
 

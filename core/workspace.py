@@ -53,8 +53,9 @@ class Workspace:
             else:
                 self.output.rename(self.target)
         except OSError as error:
-            raise ResourceError(f"cannot be put in place: {error.strerror}", where=self.target,
-                                remedy="check the rights of its folder") from None  # fmt: skip
+            raise ResourceError(
+                f"cannot be put in place: {error.strerror}", where=self.target, remedy="check the rights of its folder"
+            ) from None
         if durable:
             _sync_folder(self.target.parent)
 
@@ -74,21 +75,41 @@ def check_target(target: Path, *, force: bool, inputs: tuple[Path, ...] = ()) ->
                 "the target is an input of the recipe", where=target, remedy="choose another [output] path"
             )
         if source.is_dir() and resolved.is_relative_to(source):
-            raise UsageError("the target stands inside an input of the recipe", where=target, found=f"input {path}",
-                             remedy="choose an [output] path outside it")  # fmt: skip
+            raise UsageError(
+                "the target stands inside an input of the recipe",
+                where=target,
+                found=f"input {path}",
+                remedy="choose an [output] path outside it",
+            )
         if source.is_relative_to(resolved):
-            raise UsageError("an input of the recipe stands inside the target", where=target, found=f"input {path}",
-                             remedy="choose another [output] path")  # fmt: skip
+            raise UsageError(
+                "an input of the recipe stands inside the target",
+                where=target,
+                found=f"input {path}",
+                remedy="choose another [output] path",
+            )
     if resolved.exists() and not resolved.is_dir():
-        raise UsageError("the target is a file", where=target, expected="a folder that is new or empty",
-                         remedy="choose another [output] path")  # fmt: skip
+        raise UsageError(
+            "the target is a file",
+            where=target,
+            expected="a folder that is new or empty",
+            remedy="choose another [output] path",
+        )
     if resolved.is_dir() and not force and any(resolved.iterdir()):
-        raise UsageError("the target is not empty", where=target, expected="a folder that is new or empty",
-                         remedy="choose another [output] path, or replace it whole with --force")  # fmt: skip
+        raise UsageError(
+            "the target is not empty",
+            where=target,
+            expected="a folder that is new or empty",
+            remedy="choose another [output] path, or replace it whole with --force",
+        )
     parent = next(folder for folder in resolved.parents if folder.exists())
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise ResourceError("the target's folder cannot be written", where=target, found=f"{parent} is read-only",
-                            remedy="choose another [output] path, or change its rights")  # fmt: skip
+        raise ResourceError(
+            "the target's folder cannot be written",
+            where=target,
+            found=f"{parent} is read-only",
+            remedy="choose another [output] path, or change its rights",
+        )
 
 
 @contextmanager
@@ -119,8 +140,9 @@ def _open_locked(folder: Path, target: Path) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise ResourceError(f"the work folder cannot be made: {error.strerror}", where=target,
-                            remedy="check the rights of its folder") from None  # fmt: skip
+        raise ResourceError(
+            f"the work folder cannot be made: {error.strerror}", where=target, remedy="check the rights of its folder"
+        ) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         free = os.fstat(descriptor).st_nlink > 0  # 0: the run that held it has just removed it
@@ -128,8 +150,12 @@ def _open_locked(folder: Path, target: Path) -> int:
         free = False
     if not free:
         os.close(descriptor)
-        raise ResourceError("another run is writing this target", where=target, found=f"{folder.name} is locked",
-                            remedy="wait until it ends, or choose another [output] path")  # fmt: skip
+        raise ResourceError(
+            "another run is writing this target",
+            where=target,
+            found=f"{folder.name} is locked",
+            remedy="wait until it ends, or choose another [output] path",
+        )
     return descriptor
 
 

@@ -200,13 +200,22 @@ class Writer:
         read = {name: count_non_finite(leaf.load()) for name, leaf in _leaves(tensor).items()}
         guilty = {name: found for name, found in read.items() if found}
         if not guilty:
-            raise TransformationError("the result is not finite", where=tensor.spec.name, expected="finite numbers",
-                                      found=f"{output} in {tensor.spec.dtype}",
-                                      remedy="use a wider [output] dtype, or correct the step's parameters")  # fmt: skip
+            raise TransformationError(
+                "the result is not finite",
+                where=tensor.spec.name,
+                expected="finite numbers",
+                found=f"{output} in {tensor.spec.dtype}",
+                remedy="use a wider [output] dtype, or correct the step's parameters",
+            )
         if self.options.strict:
             name, found = next(iter(guilty.items()))
-            raise TransformationError("a tensor that a step reads is not finite", where=name, expected="finite numbers",
-                                      found=found, remedy="repair the base, or run without --strict")  # fmt: skip
+            raise TransformationError(
+                "a tensor that a step reads is not finite",
+                where=name,
+                expected="finite numbers",
+                found=found,
+                remedy="repair the base, or run without --strict",
+            )
         with self._lock:
             self.report.non_finite.update(guilty)
 
@@ -286,8 +295,12 @@ def _link(source: Path, path: Path) -> None:
     try:
         os.link(source.resolve(), path)
     except OSError as error:
-        raise ResourceError(f"cannot be linked: {error.strerror}", where=path, expected="base and target on one file system",
-                            remedy="run without --link") from None  # fmt: skip
+        raise ResourceError(
+            f"cannot be linked: {error.strerror}",
+            where=path,
+            expected="base and target on one file system",
+            remedy="run without --link",
+        ) from None
 
 
 @contextmanager
@@ -300,8 +313,11 @@ def _resources(folder: Path) -> Iterator[None]:
         remedy = (
             "free some space, or choose another [output] path" if full else "check the target's file system and rights"
         )
-        raise ResourceError("the disk is full" if full else f"cannot be written: {error.strerror}", where=folder.parent.parent,
-                            remedy=remedy) from None  # fmt: skip
+        raise ResourceError(
+            "the disk is full" if full else f"cannot be written: {error.strerror}",
+            where=folder.parent.parent,
+            remedy=remedy,
+        ) from None
 
 
 @contextmanager

@@ -82,12 +82,19 @@ def open_folder(folder: Path, *, label: str) -> Checkpoint:
         InputError: no config.json, no weights, pickled weights only, an index that lies, or a bad header.
     """
     if not (folder / CONFIG).is_file():
-        raise InputError(f"the folder has no {CONFIG}", where=label, expected=f"a checkpoint folder with {CONFIG}",
-                         remedy="name the folder that holds the model's config and weights")  # fmt: skip
+        raise InputError(
+            f"the folder has no {CONFIG}",
+            where=label,
+            expected=f"a checkpoint folder with {CONFIG}",
+            remedy="name the folder that holds the model's config and weights",
+        )
     index, single = folder / INDEX, folder / SINGLE
     if index.is_file() and single.is_file():
-        raise InputError(f"the folder holds both {INDEX} and {SINGLE}", where=label,
-                         remedy="two models are mixed up in it: remove the one that is stale")  # fmt: skip
+        raise InputError(
+            f"the folder holds both {INDEX} and {SINGLE}",
+            where=label,
+            remedy="two models are mixed up in it: remove the one that is stale",
+        )
     if index.is_file():
         return _assemble(folder, label, _shards(folder, index))
     if single.is_file():
@@ -100,8 +107,9 @@ def _shards(folder: Path, index: Path) -> list[WeightFile]:
     files = []
     for name in sorted(set(weight_map.values())):
         if not (folder / name).is_file():
-            raise InputError("the index names a shard that is missing", where=f"{index}: {name}",
-                             remedy="fetch the missing file")  # fmt: skip
+            raise InputError(
+                "the index names a shard that is missing", where=f"{index}: {name}", remedy="fetch the missing file"
+            )
         files.append(WeightFile(folder / name))
     _check_index(index, weight_map, files)
     return files
@@ -110,12 +118,22 @@ def _shards(folder: Path, index: Path) -> list[WeightFile]:
 def _weight_map(index: Path) -> Mapping[str, str]:
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError("the index has no weight_map", where=index, expected="an object: tensor name -> file name",
-                         found=type(weight_map).__name__, remedy="fetch the index again")  # fmt: skip
+        raise InputError(
+            "the index has no weight_map",
+            where=index,
+            expected="an object: tensor name -> file name",
+            found=type(weight_map).__name__,
+            remedy="fetch the index again",
+        )
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or PurePosixPath(name).name != name or name in {"", ".", ".."} or "\\" in name:
-            raise InputError("the index names a path outside the folder", where=f"{index}: {tensor}",
-                             expected="a plain file name", found=name, remedy="do not trust this checkpoint")  # fmt: skip
+            raise InputError(
+                "the index names a path outside the folder",
+                where=f"{index}: {tensor}",
+                expected="a plain file name",
+                found=name,
+                remedy="do not trust this checkpoint",
+            )
     return weight_map
 
 
@@ -124,17 +142,30 @@ def _check_index(index: Path, weight_map: Mapping[str, str], files: list[WeightF
     for file in files:
         for name in file.header.entries:
             if name in stored:
-                raise InputError("two shards hold the same tensor", where=f"{index}: {name}",
-                                 found=f"{stored[name]} and {file.path.name}", remedy="fetch the checkpoint again")  # fmt: skip
+                raise InputError(
+                    "two shards hold the same tensor",
+                    where=f"{index}: {name}",
+                    found=f"{stored[name]} and {file.path.name}",
+                    remedy="fetch the checkpoint again",
+                )
             stored[name] = file.path.name
     for name, shard in weight_map.items():
         if stored.get(name) != shard:
-            raise InputError("index and shards disagree", where=f"{index}: {name}", expected=f"the tensor in {shard}",
-                             found=stored.get(name, "no such tensor in any shard"), remedy="fetch the checkpoint again")  # fmt: skip
+            raise InputError(
+                "index and shards disagree",
+                where=f"{index}: {name}",
+                expected=f"the tensor in {shard}",
+                found=stored.get(name, "no such tensor in any shard"),
+                remedy="fetch the checkpoint again",
+            )
     for name, shard in stored.items():
         if name not in weight_map:
-            raise InputError("a shard holds a tensor that the index does not name", where=f"{index}: {name}",
-                             found=f"in {shard}", remedy="fetch the checkpoint again")  # fmt: skip
+            raise InputError(
+                "a shard holds a tensor that the index does not name",
+                where=f"{index}: {name}",
+                found=f"in {shard}",
+                remedy="fetch the checkpoint again",
+            )
 
 
 def _assemble(folder: Path, label: str, weights: list[WeightFile]) -> Checkpoint:
@@ -192,6 +223,10 @@ def _no_weights(folder: Path, label: str) -> InputError:
 
 
 def _pickle(path: Path) -> InputError:
-    remedy = "convert it once with a tool you trust: load it in transformers and save_pretrained(..., safe_serialization=True)"
-    return InputError("is a pickle, and regraft never reads pickles: they can run code", where=path,
-                      expected="safetensors or GGUF", remedy=remedy)  # fmt: skip
+    remedy = "convert it once with a tool you trust: load it in transformers and call save_pretrained"
+    return InputError(
+        "is a pickle, and regraft never reads pickles: they can run code",
+        where=path,
+        expected="safetensors or GGUF",
+        remedy=remedy,
+    )

@@ -71,9 +71,12 @@ def open_checkpoint(
     for source in [*extra, *built_in_sources()]:
         if source.accepts(reference):
             return dequantised(source.open(reference))
-    raise InputError("there is no such checkpoint", where=model,
-                     expected="a folder, a .safetensors or .gguf file, a hub id such as org/name, or demo:tiny",
-                     remedy="check the path")  # fmt: skip
+    raise InputError(
+        "there is no such checkpoint",
+        where=model,
+        expected="a folder, a .safetensors or .gguf file, a hub id such as org/name, or demo:tiny",
+        remedy="check the path",
+    )
 
 
 def dequantised(checkpoint: Checkpoint) -> Checkpoint:

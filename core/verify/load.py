@@ -34,8 +34,12 @@ def verify_load(folder: Path, depth: Literal["load", "forward"], *, trust: bool)
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = [name for name in report[key] if not name.endswith(_IGNORED)]
         if names:
-            raise VerificationError(f"stock transformers reports {key.replace('_', ' ')}", where=folder.name,
-                                    expected="none", found=", ".join(names[:5]))  # fmt: skip
+            raise VerificationError(
+                f"stock transformers reports {key.replace('_', ' ')}",
+                where=folder.name,
+                expected="none",
+                found=", ".join(names[:5]),
+            )
     if depth == "forward" and not report["finite"]:
         raise VerificationError("the logits are not finite", where=folder.name)
     return report
@@ -50,8 +54,15 @@ def _run(folder: Path, depth: str, trust: bool) -> dict[str, Any]:
     }
     command = [sys.executable, "-I", stock_load.__file__, str(folder), depth, "1" if trust else "0"]
     try:
-        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                              timeout=_TIMEOUT_SECONDS, check=False)  # fmt: skip
+        done = subprocess.run(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_SECONDS,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         return {"error": f"no answer within {_TIMEOUT_SECONDS} s"}
     try:

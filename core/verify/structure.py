@@ -78,11 +78,21 @@ def _tensors(checkpoint: Checkpoint, architecture: Architecture) -> Iterator[Fin
         spec = checkpoint.specs.get(name)
         where = f"{checkpoint.label}: {name}"
         if spec is None:
-            yield Finding("a tensor is missing that the config calls for", where, f"shape {list(shape)}", "no such tensor",
-                          "correct config.json, or fetch the missing weights")  # fmt: skip
+            yield Finding(
+                "a tensor is missing that the config calls for",
+                where,
+                f"shape {list(shape)}",
+                "no such tensor",
+                "correct config.json, or fetch the missing weights",
+            )
         elif spec.shape != tuple(shape):
-            yield Finding("the shape contradicts the config", where, f"{list(shape)}", f"{list(spec.shape)}",
-                          "config.json and weights are of different models: fetch both again")  # fmt: skip
+            yield Finding(
+                "the shape contradicts the config",
+                where,
+                f"{list(shape)}",
+                f"{list(spec.shape)}",
+                "config.json and weights are of different models: fetch both again",
+            )
     extra = [name for name in checkpoint.specs if name not in expected and name != head and not _is_buffer(name)]
     if extra:
         shown = ", ".join(extra[:_SHOWN]) + (", ..." if len(extra) > _SHOWN else "")
@@ -115,8 +125,13 @@ def _tied(checkpoint: Checkpoint, architecture: Architecture) -> Iterator[Findin
         return
     remedy = "set tie_word_embeddings to false in config.json, or remove the stored head"
     if _digest(checkpoint, head) != _digest(checkpoint, embedding):
-        yield Finding("the config ties the head to the embedding, but another head is stored", f"{checkpoint.label}: {head}",
-                      f"no {head}, or one equal to {embedding}", "a different tensor", remedy)  # fmt: skip
+        yield Finding(
+            "the config ties the head to the embedding, but another head is stored",
+            f"{checkpoint.label}: {head}",
+            f"no {head}, or one equal to {embedding}",
+            "a different tensor",
+            remedy,
+        )
     else:
         yield Finding("the tied head is stored a second time", f"{checkpoint.label}: {head}", fatal=False)
 
@@ -145,9 +160,13 @@ def _vocabulary(checkpoint: Checkpoint, architecture: Architecture | None) -> It
     needed = max(ids.values()) + 1
     if needed > embedding.shape[0]:
         last = max(ids, key=lambda token: ids[token])
-        yield Finding("the tokenizer has ids beyond the embedding's rows", f"{checkpoint.label}: tokenizer.json",
-                      f"ids below {embedding.shape[0]}", f"id {needed - 1} ({last!r})",
-                      "use the tokenizer that belongs to the weights, or add rows first")  # fmt: skip
+        yield Finding(
+            "the tokenizer has ids beyond the embedding's rows",
+            f"{checkpoint.label}: tokenizer.json",
+            f"ids below {embedding.shape[0]}",
+            f"id {needed - 1} ({last!r})",
+            "use the tokenizer that belongs to the weights, or add rows first",
+        )
 
 
 def token_ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:

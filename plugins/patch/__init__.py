@@ -38,12 +38,21 @@ class ReapplyPatch(WeightSpace[PatchParams]):
         for name, spec in reads.items():
             found = checkpoint.specs.get(name)
             if found != spec:
-                raise Unsupported("the patch was made for another checkpoint", where=f"{params.path}: {name}", expected=spec,
-                                  found=found or "no such tensor", remedy="apply it to the checkpoint it was saved from")  # fmt: skip
+                raise Unsupported(
+                    "the patch was made for another checkpoint",
+                    where=f"{params.path}: {name}",
+                    expected=spec,
+                    found=found or "no such tensor",
+                    remedy="apply it to the checkpoint it was saved from",
+                )
         for name in [*patch.removals, *patch.renames.values()]:
             if name not in checkpoint.specs:
-                raise Unsupported("the patch was made for another checkpoint", where=f"{params.path}: {name}",
-                                  found="no such tensor", remedy="apply it to the checkpoint it was saved from")  # fmt: skip
+                raise Unsupported(
+                    "the patch was made for another checkpoint",
+                    where=f"{params.path}: {name}",
+                    found="no such tensor",
+                    remedy="apply it to the checkpoint it was saved from",
+                )
 
     def patch(self, checkpoint: Checkpoint, params: PatchParams) -> Patch:
         """The saved patch."""
