@@ -130,7 +130,7 @@ def inputs_of(plan: Plan) -> Iterator[Path]:
     """Folders and files that the run reads."""
     from regraft.core.sources.open import Reference
 
-    base = Reference(plan.recipe.base.model, None, plan.recipe.folder).path
+    base = Reference(plan.recipe.base.model).path
     if base.exists():
         yield base
     for step in plan.steps:
@@ -230,7 +230,7 @@ def _apply_step(step: PlannedStep, checkpoint: Checkpoint, run: Run) -> Patch:
 def _write(
     plan: Plan, result: Checkpoint, space: Workspace, device: str, options: ApplyOptions, events: Events
 ) -> WriteReport:
-    layout = lay_out(result, plan.recipe.output.shard_bytes)
+    layout = lay_out(result, plan.recipe.output.shard_size)
     if plan.exact and layout.files != plan.layout.files:
         raise TransformationError(
             "the output is not what the plan said", expected=plan.layout.files, found=layout.files

@@ -95,7 +95,7 @@ def make_plan(recipe: Recipe, host: Host, *, threads: int) -> Plan:
         Unsupported: a step cannot be applied to this base.
         PluginError: a plugin broke its contract.
     """
-    base = open_checkpoint(recipe.base.model, revision=recipe.base.revision, folder=recipe.folder, extra=host.sources())
+    base = open_checkpoint(recipe.base.model, revision=recipe.base.revision, extra=host.sources())
     checkpoint = base
     steps = []
     for step in recipe.steps:
@@ -104,7 +104,7 @@ def make_plan(recipe: Recipe, host: Host, *, threads: int) -> Plan:
         checkpoint = promise(checkpoint, planned.outline, by=step.id)
     for name, patch in output_patches(recipe, checkpoint):
         checkpoint = overlay(checkpoint, patch, by=name)
-    layout = lay_out(checkpoint, recipe.output.shard_bytes)
+    layout = lay_out(checkpoint, recipe.output.shard_size)
     memory = memory_bound(checkpoint, threads) + max((step.outline.workspace_bytes for step in steps), default=0)
     return Plan(recipe, base, tuple(steps), checkpoint, layout, memory, threads, compare(base, checkpoint))
 

@@ -1,0 +1,47 @@
+"""The wheel holds every file of the rooms, and nothing else; the sdist holds them too.
+
+Usage: python tests/packaging/compare_wheel.py DIST
+"""
+
+from __future__ import annotations
+
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+ROOMS = ("cli", "core", "kernels", "plugins", "recipes")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def on_disk() -> set[str]:
+    """Files of the rooms as they are called inside the wheel."""
+    found = set()
+    for room in ROOMS:
+        for path in (ROOT / room).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts and "_root" not in path.parts:
+                found.add(f"regraft/{path.relative_to(ROOT).as_posix()}")
+    return found | {f"regraft/{name}" for name in ("__init__.py", "__main__.py", "py.typed")}
+
+
+def main() -> None:
+    """Exit 1 with the difference, if there is one."""
+    dist = Path(sys.argv[1])
+    (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if not name.split("/")[0].endswith(".dist-info")}
+    if packed != on_disk():
+        raise SystemExit(
+            f"wheel and disk differ: missing {sorted(on_disk() - packed)}, extra {sorted(packed - on_disk())}"
+        )
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    expected = {name.removeprefix("regraft/") for name in on_disk() if "/" in name.removeprefix("regraft/")}
+    missing = sorted(name for name in expected if name not in names)
+    if missing:
+        raise SystemExit(f"the sdist lacks {missing}")
+    print(f"{wheel.name}: {len(packed)} files, as on disk; {sdist.name}: all of them")
+
+
+if __name__ == "__main__":
+    main()
