@@ -53,11 +53,24 @@ class Job:
 
 def config(layers: int) -> dict[str, object]:
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": layers, "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "vocab_size": VOCAB,
-        "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2, "head_dim": HIDDEN // HEADS, "hidden_act": "silu",
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": layers,
+        "intermediate_size": INTERMEDIATE,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "head_dim": HIDDEN // HEADS,
+        "hidden_act": "silu",
+    }
 
 
 def make_base(folder: Path, layers: int) -> None:
@@ -257,8 +270,9 @@ def report(table: list[Job], samples: dict[Job, list[Sample]], gigabytes: float,
     lines = [
         "# Benchmarks",
         "",
-        f"A synthetic llama checkpoint, bf16, {gigabytes:.2f} GB in four shards, page cache warm. {rounds} rounds in turn in one run,",
-        "medians; written by `nox -s bench`. Ratios hold better than seconds. T0 is a bare `import torch`.",
+        f"A synthetic llama checkpoint, bf16, {gigabytes:.2f} GB in four shards, page cache warm. {rounds} rounds",
+        "in turn in one run, medians; written by `nox -s bench`. Ratios hold better than seconds.",
+        "T0 is a bare `import torch`.",
         "",
         f"Machine: {cpu_model()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}. Versions: "
         + ", ".join(

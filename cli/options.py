@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from regraft.core.recipe import Recipe
+    from regraft.core.recipe.model import Recipe
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
 Model = Annotated[
@@ -31,7 +31,8 @@ def validated(name: str, overrides: list[str] | None) -> Recipe:
         RecipeError: everything that is wrong with it.
     """
     from regraft.core.host import host
-    from regraft.core.recipe import find_recipe, load_recipe
+    from regraft.core.recipe.load import load_recipe
+    from regraft.core.recipe.shipped import find_recipe
 
     plugins = host()
     return load_recipe(find_recipe(name), overrides or [], plugins.transformations(), plugins.broken)
@@ -54,4 +55,4 @@ def target_of(recipe: Recipe, output: Path | None) -> Path:
             expected="[output] path",
             remedy="add it to the recipe, or give --output",
         )
-    return Path(recipe.output.path)
+    return recipe.output.path

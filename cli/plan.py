@@ -29,7 +29,7 @@ def plan(
 
     parsed = validated(recipe, overrides)
     made, findings = prepare(parsed, host(), ApplyOptions(threads=threads, link=link))
-    target = output or (Path(parsed.output.path) if parsed.output.path else None)
+    target = output or parsed.output.path
     if target is not None:
         check_resources(made, target, link=link)
     document = as_document(made, disk_bytes(made, link=link))

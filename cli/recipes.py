@@ -25,9 +25,9 @@ def recipes(context: typer.Context, as_json: Json = False) -> None:
 @app.command("list")
 def list_(as_json: Json = False) -> None:
     """List the shipped recipes."""
-    from regraft.core.recipe.shipped import shipped_recipes
+    from regraft.core.recipe.shipped import shipped_names, shipped_text
 
-    found = [{"name": name, "summary": _summary(path)} for name, path in shipped_recipes().items()]
+    found = [{"name": name, "summary": _summary(shipped_text(name))} for name in shipped_names()]
     if as_json:
         print_json({"recipes": found})
     else:
@@ -37,9 +37,9 @@ def list_(as_json: Json = False) -> None:
 @app.command()
 def show(name: Name) -> None:
     """Print a shipped recipe."""
-    from regraft.core.recipe import find_recipe
+    from regraft.core.recipe.shipped import shipped_text
 
-    print(find_recipe(name).read_text(), end="")
+    print(shipped_text(name), end="")
 
 
 @app.command()
@@ -50,15 +50,16 @@ def copy(
 ) -> None:
     """Copy a shipped recipe, to be changed."""
     from regraft.core.errors import UsageError
-    from regraft.core.recipe import find_recipe
+    from regraft.core.recipe.shipped import shipped_text
 
+    text = shipped_text(name)
     path = target or Path(f"{name}.toml")
     if path.exists() and not force:
         raise UsageError("the file exists already", where=path, remedy="choose another name, or give --force")
-    path.write_text(find_recipe(name).read_text())
+    path.write_text(text)
     print(path)
 
 
-def _summary(path: Path) -> str:
+def _summary(text: str) -> str:
     """The first comment line of a recipe."""
-    return next((line.lstrip("# ").strip() for line in path.read_text().splitlines() if line.startswith("#")), "")
+    return next((line.lstrip("# ").strip() for line in text.splitlines() if line.startswith("#")), "")

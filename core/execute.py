@@ -32,7 +32,7 @@ from regraft.core.workspace import Workspace, check_target, workspace
 from regraft.core.writer import WriteOptions, Writer, WriteReport
 
 if TYPE_CHECKING:
-    from regraft.core.recipe import Recipe
+    from regraft.core.recipe.model import Recipe
 
 
 @dataclass(frozen=True)

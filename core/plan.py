@@ -18,7 +18,7 @@ from regraft.core.sources.folder import CARD, LOCK
 from regraft.core.tensors import LazyTensor
 
 if TYPE_CHECKING:
-    from regraft.core.recipe import Recipe, Step
+    from regraft.core.recipe.model import Recipe, Step
     from regraft.core.transformation import AnyTransformation
 
 BASE_CARD = "README.base.md"

@@ -85,7 +85,7 @@ def _base(plan: Plan, written: WriteReport) -> dict[str, Any]:
     copied = {name: written.digests.get(name) for name in plan.changes["copied"]}
     inputs = {**copied, **written.input_digests}
     return {
-        "model": plan.recipe.base.model,
+        "model": plan.recipe.resolved()["base"]["model"],
         **base.origin,
         "digest": base.digest,
         "tensors": {name: inputs[name] for name in base.specs if inputs.get(name)},

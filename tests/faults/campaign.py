@@ -31,10 +31,19 @@ def make_base(folder: Path, megabytes: int) -> None:
     """A llama checkpoint of about that size in two shards."""
     hidden, layers = 512, max(2, megabytes * 1_000_000 // (2 * 14 * 512 * 512))
     config = {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": hidden, "intermediate_size": 4 * hidden,
-        "num_hidden_layers": layers, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 512,
-        "max_position_embeddings": 2048, "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
-    }  # fmt: skip
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 512,
+        "max_position_embeddings": 2048,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    }
     shapes = {"model.embed_tokens.weight": (512, hidden), "model.norm.weight": (hidden,)}
     for layer in range(layers):
         at = f"model.layers.{layer}"
@@ -107,8 +116,13 @@ class Campaign:
                 self.target.exists() == must_exist, f"{when}: the target {'is missing' if must_exist else 'exists'}"
             )
         if self.target.exists():
-            done = subprocess.run([*REGRAFT, "verify", str(self.target), "--json"], capture_output=True, text=True,
-                                  timeout=TIMEOUT_SECONDS, check=False)  # fmt: skip
+            done = subprocess.run(
+                [*REGRAFT, "verify", str(self.target), "--json"],
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT_SECONDS,
+                check=False,
+            )
             self.expect(done.returncode == 0, f"{when}: the target is not complete: {done.stdout}{done.stderr}")
         return self.target.exists()
 
