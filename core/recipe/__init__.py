@@ -1,0 +1,4 @@
+"""Recipes: parsing with positions, `extends`, `--set`, validation, JSON Schema, the recipes that ship with regraft.
+
+Nothing here imports torch or transformers.
+"""

@@ -1,0 +1,206 @@
+"""What a recipe is once it is valid."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, SerializeAsAny, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from regraft.core.recipe.document import SCHEMA_VERSION
+from regraft.core.recipe.references import ModelReference, OutputPath, Reference
+from regraft.core.recipe.wording import KeyPath, value_text
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
+
+_UNITS = {
+    "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
+}  # fmt: skip
+_SIZE = re.compile(r"([0-9]{1,18})(?:\.([0-9]{1,9}))? *([A-Za-z]+)", re.ASCII)
+SIZE_PATTERN = r"^[0-9]+(\.[0-9]+)? *([KMGT]i?)?B$"
+
+
+def size_bytes(value: Any) -> int:
+    """Bytes of a size such as `5GB`, `1.5 GiB` or 4096; GB is 10^9, GiB is 2^30.
+
+    Raises:
+        PydanticCustomError: it is no size, or less than one byte.
+    """
+    count = value if type(value) is int else _parse_size(value) if isinstance(value, str) else None
+    if count is None or count < 1:
+        raise PydanticCustomError(
+            "size", 'expected a size such as "5GB", "500MB" or "2GiB", or a number of bytes, found {found}',
+            {"found": value_text(value)},
+        )  # fmt: skip
+    return count
+
+
+def _parse_size(text: str) -> int | None:
+    match = _SIZE.fullmatch(text.strip())
+    unit = _UNITS.get(match[3].upper()) if match else None
+    if match is None or unit is None:
+        return None
+    fraction = match[2] or ""
+    count = int(match[1] + fraction) * unit
+    return count // int("1" + "0" * len(fraction))
+
+
+Size = Annotated[
+    int,
+    BeforeValidator(size_bytes),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "format": "byte-size", "pattern": SIZE_PATTERN},
+                {"type": "integer", "minimum": 1},
+            ]
+        }
+    ),
+]
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", json_schema_extra={"format": "name"})]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Base(_Frozen):
+    """The checkpoint that the steps start from."""
+
+    model: ModelReference = Field(
+        description="A folder, a .safetensors or .gguf file, a hub id, or demo:tiny. "
+        "A relative path starts at the folder of the recipe."
+    )
+    revision: str | None = Field(default=None, min_length=1, description="Branch, tag or commit of a hub model.")
+    trust_remote_code: bool = Field(
+        default=False,
+        description="Run the model's own Python code where loading it needs that. Off unless you trust its authors.",
+    )
+
+
+class Output(_Frozen):
+    """Where the result goes, and how it is stored."""
+
+    path: OutputPath | None = Field(
+        default=None, description="The folder to write; a relative path starts at the current folder."
+    )
+    dtype: Literal["keep", "bfloat16", "float16", "float32"] = Field(
+        default="keep", description="The dtype that floating-point tensors are stored in."
+    )
+    shard_size: Size = Field(
+        default=DEFAULT_SHARD_BYTES, description="The largest size of one file, in bytes or as 5GB (10^9), 2GiB (2^30)."
+    )
+    quantize: Literal["none", "nf4", "int8"] = Field(default="none", description="Store in a bitsandbytes format.")
+    digest: Literal["xxh3", "sha256", "none"] = Field(
+        default="xxh3", description="How the bytes of files are fingerprinted."
+    )
+    verify: Literal["structure", "load", "forward"] = Field(
+        default="structure", description="How deeply the result is checked before it appears under its name."
+    )
+
+    def changes_weights(self) -> bool:
+        """Whether the output differs from the base even without a step: another dtype, quantisation or sharding."""
+        return self.dtype != "keep" or self.quantize != "none" or self.shard_size != DEFAULT_SHARD_BYTES
+
+
+class Settings(_Frozen):
+    """The part of a recipe that no plugin describes."""
+
+    name: Name | None = Field(
+        default=None,
+        description="Name of the result; by default that of the file. Not inherited by `extends`.",
+    )
+    seed: int = Field(default=0, ge=0, le=2**63 - 1, description="Everything random derives from it.")
+    base: Base
+    output: Output = Field(default_factory=Output)
+
+
+class Position(NamedTuple):
+    """Where a step was written: the file as the user named it, and the line (from 1; None if it is not from a file)."""
+
+    file: str
+    line: int | None
+
+
+class Step(_Frozen):
+    """One use of a transformation, with its validated parameters."""
+
+    id: str
+    use: str
+    params: SerializeAsAny[BaseModel]
+    position: Position
+
+
+class Recipe(_Frozen):
+    """A valid recipe.
+
+    Paths in it hold from the current folder, wherever the recipe lies. `path` is its file, as it was given; `sources`
+    are all files that were read, the recipe first, then what it extends.
+    """
+
+    name: str
+    seed: int
+    base: Base
+    steps: tuple[Step, ...]
+    output: Output
+    path: Path
+    sources: tuple[Path, ...]
+    _references: Mapping[KeyPath, Reference] = PrivateAttr(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the recipe's file."""
+        return self.path.parent
+
+    def with_references(self, references: Mapping[KeyPath, Reference]) -> Self:
+        """The same recipe, knowing how its paths were written."""
+        copy = self.model_copy()
+        copy._references = references
+        return copy
+
+    def with_output(self, path: Path) -> Self:
+        """The same recipe, writing to `path`."""
+        return self.model_copy(update={"output": self.output.model_copy(update={"path": path})})
+
+    def resolved(self, relative_to: Path | None = None) -> dict[str, Any]:
+        """The whole recipe with every default filled in, as plain JSON values; itself a valid recipe without `extends`.
+
+        Keys whose value is nothing are left out. Paths that were written as relative stay relative, to the folder of
+        the recipe or to `relative_to`; `[output] path` stays as it was written.
+        """
+        steps = [{"use": step.use, "id": step.id, **_dump(step.params)} for step in self.steps]
+        resolved = {
+            "schema": SCHEMA_VERSION, "name": self.name, "seed": self.seed,
+            "base": _dump(self.base), "steps": steps, "output": _dump(self.output),
+        }  # fmt: skip
+        folder = self.folder if relative_to is None else relative_to
+        for path, reference in self._references.items():
+            _rewrite(resolved, path, reference, folder)
+        return resolved
+
+
+def _dump(model: BaseModel) -> dict[str, Any]:
+    return model.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def _rewrite(resolved: Any, path: KeyPath, reference: Reference, folder: Path) -> None:
+    """Write one path as `folder` would, unless the recipe was changed there after it was read."""
+    for part in path[:-1]:
+        known = part in resolved if isinstance(part, str) else part < len(resolved)
+        if not known:
+            return
+        resolved = resolved[part]
+    if path[0] == "output":
+        folder = reference.folder
+    if _same_path(resolved.get(path[-1]) if isinstance(resolved, dict) else resolved[path[-1]], reference.usable):
+        resolved[path[-1]] = reference.relative_to(folder)
+
+
+def _same_path(found: Any, usable: str) -> bool:
+    return isinstance(found, str) and Path(found).resolve() == Path(usable).resolve()
