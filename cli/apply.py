@@ -70,6 +70,7 @@ def as_document(report: ApplyReport) -> dict[str, Any]:
             for step, patch in zip(report.plan.steps, report.patches, strict=True)
         ],
         "changes": {kind: len(names) for kind, names in report.plan.changes.items()},
+        "output_notes": list(report.notes),
         "left_behind": dict(report.plan.result.left_behind),
         "non_finite_inputs": {name: vars(count) for name, count in written.non_finite.items()},
         "findings": [str(finding) for finding in report.findings],
@@ -87,6 +88,8 @@ def _print(report: ApplyReport) -> None:
         print(f"{step.id}: {step.transformation.summary}")
         for note in patch.notes:
             print(f"  {note}")
+    for note in report.notes:
+        print(f"output: {note}")
     size, seconds = human_bytes(report.output_bytes), f"{report.seconds:.1f} s"
     print(f"wrote {report.target}: {size} in {seconds}, verified: {report.verified}")
     print(f'use it: AutoModelForCausalLM.from_pretrained("{report.target}"{_trust(report)})')

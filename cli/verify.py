@@ -24,6 +24,7 @@ def verify(
     from regraft.core.errors import InputError, UsageError, VerificationError
     from regraft.core.host import host
     from regraft.core.sources.folder import open_folder
+    from regraft.core.sources.open import dequantised
     from regraft.core.verify import Finding, check_structure
     from regraft.core.verify.lock import check_lock, scan_values
 
@@ -32,7 +33,7 @@ def verify(
     if not folder.is_dir():
         raise InputError("there is no such folder", where=folder, expected="a checkpoint folder")
     checkpoint = open_folder(folder, label=str(folder))
-    findings = check_structure(checkpoint, host().architectures())
+    findings = check_structure(dequantised(checkpoint), host().architectures())
     from_lock, agreed = check_lock(folder, checkpoint)
     findings += from_lock
     if deep:

@@ -26,6 +26,7 @@ from regraft.core.layout import lay_out
 from regraft.core.patch import Patch, overlay
 from regraft.core.plan import Plan, PlannedStep, make_plan, output_patches
 from regraft.core.sources.folder import CARD, INDEX, LOCK, open_folder
+from regraft.core.sources.open import dequantised
 from regraft.core.transformation import Run
 from regraft.core.verify import Finding, check_structure, raise_findings
 from regraft.core.workspace import Workspace, check_target, workspace
@@ -115,13 +116,12 @@ def apply(recipe: Recipe, target: Path, host: Host, options: ApplyOptions, event
     check_resources(plan, target, link=options.link)
     device = resolve_device(options.device) if plan.computes else "cpu"
     with workspace(target) as space:
-        patches, result = run_steps(plan, host, space, device, options, events)
+        patches, result, notes = run_steps(plan, host, space, device, options, events)
         written = _write(plan, result, space, device, options, events)
         _write_records(plan, patches, written, result, space.output, device)
         verified = verify_output(plan, result, patches, space.output, options, host)
         size = sum(path.stat().st_size for path in space.output.rglob("*") if path.is_file())
         space.commit(durable=options.durable)
-    notes = tuple(note for patch in patches for note in patch.notes)
     seconds = time.monotonic() - started
     return ApplyReport(target, plan, tuple(patches), written, size, seconds, verified, tuple(findings), notes)
 
@@ -181,8 +181,8 @@ def available_memory() -> int | None:
 
 def run_steps(
     plan: Plan, host: Host, space: Workspace, device: str, options: ApplyOptions, events: Events
-) -> tuple[list[Patch], Checkpoint]:
-    """Apply every step, each to the overlay of those before it, and what `[output]` adds.
+) -> tuple[list[Patch], Checkpoint, tuple[str, ...]]:
+    """Apply every step, each to the overlay of those before it, and what `[output]` adds, with the notes of the latter.
 
     Raises:
         TransformationError: a step failed, or its patch is not what it promised.
@@ -201,9 +201,11 @@ def run_steps(
             save_patch(patch, checkpoint, above, options.save_patches / f"{step.id}.regraft")
         patches.append(patch)
         checkpoint = above
-    for name, patch in output_patches(plan.recipe, checkpoint):
+    notes: list[str] = []
+    for name, patch in output_patches(plan.recipe, checkpoint, host):
+        notes += patch.notes
         checkpoint = overlay(checkpoint, patch, by=name)
-    return patches, checkpoint
+    return patches, checkpoint, tuple(notes)
 
 
 def _apply_step(step: PlannedStep, checkpoint: Checkpoint, run: Run) -> Patch:
@@ -277,7 +279,7 @@ def verify_output(
         raise VerificationError(
             "the output has files that nothing wrote", where=output.name, found=", ".join(sorted(stray))
         )
-    raise_findings(check_structure(written, host.architectures()), VerificationError)
+    raise_findings(check_structure(dequantised(written), host.architectures()), VerificationError)
     depth = options.verify or plan.recipe.output.verify
     if depth in ("load", "forward"):
         from regraft.core.verify.load import verify_load

@@ -102,7 +102,7 @@ def make_plan(recipe: Recipe, host: Host, *, threads: int) -> Plan:
         planned = plan_step(step, checkpoint, host)
         steps.append(planned)
         checkpoint = promise(checkpoint, planned.outline, by=step.id)
-    for name, patch in output_patches(recipe, checkpoint):
+    for name, patch in output_patches(recipe, checkpoint, host):
         checkpoint = overlay(checkpoint, patch, by=name)
     layout = lay_out(checkpoint, recipe.output.shard_size)
     memory = memory_bound(checkpoint, threads) + max((step.outline.workspace_bytes for step in steps), default=0)
@@ -116,18 +116,20 @@ def plan_step(step: Step, checkpoint: Checkpoint, host: Host) -> PlannedStep:
     return PlannedStep(step.id, transformation, step.params, transformation.plan(checkpoint, step.params))
 
 
-def output_patches(recipe: Recipe, checkpoint: Checkpoint) -> list[tuple[str, Patch]]:
+def output_patches(recipe: Recipe, checkpoint: Checkpoint, host: Host) -> list[tuple[str, Patch]]:
     """What `[output]` does after the last step: the model card makes room, dtype, quantisation."""
     patches = [("output", _card_patch(checkpoint))]
     if recipe.output.dtype != "keep":
         patches.append(("output.dtype", cast_patch(checkpoint, recipe.output.dtype)))
     if recipe.output.quantize != "none":
+        from regraft.core.architectures import architecture_of
         from regraft.core.quantize import quantize_patch
 
         below = checkpoint
         for name, patch in patches:
             below = overlay(below, patch, by=name)
-        patches.append(("output.quantize", quantize_patch(below, recipe.output.quantize)))
+        architecture = architecture_of(below.config, below.specs, host.architectures())
+        patches.append(("output.quantize", quantize_patch(below, recipe.output.quantize, architecture)))
     return patches
 
 
