@@ -39,7 +39,7 @@ def fail(error: Exception, *, as_json: bool) -> int:
 
 def interrupted() -> int:
     """Say so; gives the exit code."""
-    tell("interrupted; the target is untouched")
+    tell("interrupted; nothing incomplete is left in the target")
     return INTERRUPTED
 
 
