@@ -10,8 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from regraft.core.buffers import unreadable
 from regraft.core.errors import InputError
-from regraft.core.jsonio import parse_object
+from regraft.core.jsonio import check_size, parse_object
 from regraft.core.specs import TensorSpec
 from regraft.core.tensors import ByteRange, LazyTensor
 
@@ -42,15 +43,37 @@ class FileRef:
         try:
             return self.path.read_bytes()
         except OSError as error:
-            raise InputError(f"cannot be read: {error.strerror}", where=self.path) from None
+            raise unreadable(self.path, error) from None
+
+    def sha256(self) -> str:
+        """SHA-256 of its bytes, read piece by piece.
+
+        Raises:
+            InputError: the file cannot be read.
+        """
+        if self.data is not None:
+            return hashlib.sha256(self.data).hexdigest()
+        assert self.path is not None
+        try:
+            with self.path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise unreadable(self.path, error) from None
 
     @property
     def nbytes(self) -> int:
-        """Its size."""
+        """Its size.
+
+        Raises:
+            InputError: the file has gone.
+        """
         if self.data is not None:
             return len(self.data)
         assert self.path is not None
-        return self.path.stat().st_size
+        try:
+            return self.path.stat().st_size
+        except OSError as error:
+            raise unreadable(self.path, error) from None
 
 
 @dataclass(frozen=True)
@@ -94,10 +117,13 @@ class Checkpoint:
         """A JSON file of the checkpoint, by relative path; empty if there is none.
 
         Raises:
-            InputError: it is not a JSON object.
+            InputError: it is too large, or not a JSON object.
         """
-        file = self.files.get(name)
-        return {} if file is None else parse_object(file.read(), f"{self.label}: {name}")
+        file, where = self.files.get(name), f"{self.label}: {name}"
+        if file is None:
+            return {}
+        check_size(file.nbytes, where)
+        return parse_object(file.read(), where)
 
     def tensor(self, name: str) -> LazyTensor:
         """The lazy tensor `name`.
@@ -106,7 +132,12 @@ class Checkpoint:
             InputError: there is none of that name.
         """
         if name not in self.tensors:
-            raise InputError("the checkpoint has no such tensor", where=f"{self.label}: {name}")
+            raise InputError(
+                "the checkpoint has no such tensor",
+                where=f"{self.label}: {name}",
+                expected=f"one of its {len(self.tensors)} tensors",
+                remedy="list them with `regraft inspect --tensors`",
+            )
         return self.tensors[name]
 
     def load(self, name: str, device: str = "cpu") -> torch.Tensor:
@@ -128,5 +159,5 @@ class Checkpoint:
         specs = [[spec.name, spec.dtype, list(spec.shape)] for spec in self.specs.values()]
         hasher.update(json.dumps(specs).encode())
         for name in sorted(self.files):
-            hasher.update(json.dumps([name, hashlib.sha256(self.files[name].read()).hexdigest()]).encode())
+            hasher.update(json.dumps([name, self.files[name].sha256()]).encode())
         return hasher.hexdigest()

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regraft.core.errors import InputError
+from regraft.core.buffers import unreadable
+from regraft.core.errors import InputError, PluginError
+from regraft.core.jsonio import brief, parse_object
 from regraft.core.specs import ITEM_BYTES, TensorSpec
 
 MAX_HEADER_BYTES = 100_000_000
@@ -20,6 +22,7 @@ MAX_HEADER_BYTES = 100_000_000
 
 _MAX_ELEMENTS = 1 << 60
 _ALIGNMENT = 8
+_METADATA = "__metadata__"
 _REDOWNLOAD = "the file is damaged or incomplete: fetch it again"
 
 
@@ -53,9 +56,7 @@ def read_header(path: Path) -> Header:
             length = _header_length(path, file.read(8), size)
             text = file.read(length)
     except OSError as error:
-        raise InputError(
-            f"cannot be read: {error.strerror}", where=path, remedy="check the path and its rights"
-        ) from None
+        raise unreadable(path, error) from None
     return parse_header(path, text, size)
 
 
@@ -66,8 +67,8 @@ def parse_header(path: Path, text: bytes, file_bytes: int) -> Header:
         InputError: bad JSON, an unknown dtype, a shape that contradicts its byte range, a range outside the file,
             overlapping tensors, or holes between them.
     """
-    document = _json_object(path, text)
-    metadata = _metadata(path, document.pop("__metadata__", {}))
+    document = parse_object(text, f"{path}: header", remedy=_REDOWNLOAD)
+    metadata = _metadata(path, document.pop(_METADATA, {}))
     data_offset = 8 + len(text)
     entries = sorted((_entry(path, name, item, data_offset) for name, item in document.items()), key=_position)
     _check_coverage(path, entries, data_offset, file_bytes)
@@ -75,10 +76,16 @@ def parse_header(path: Path, text: bytes, file_bytes: int) -> Header:
 
 
 def render_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    """The first bytes of a file that holds `specs` in this order: length, JSON, spaces up to a multiple of 8."""
-    document: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    """The first bytes of a file that holds `specs` in this order: length, JSON, spaces up to a multiple of 8.
+
+    Raises:
+        PluginError: two tensors of one name, or one with the name that the format keeps for metadata.
+    """
+    document: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     offset = 0
     for spec in specs:
+        if spec.name in document or spec.name == _METADATA:
+            raise PluginError("a file cannot hold a tensor of this name, or holds one already", where=spec.name)
         end = offset + spec.nbytes
         document[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, end]}
         offset = end
@@ -87,104 +94,71 @@ def render_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> b
     return len(text).to_bytes(8, "little") + text
 
 
+def _fault(message: str, where: object, expected: object, found: object) -> InputError:
+    return InputError(message, where=where, expected=expected, found=found, remedy=_REDOWNLOAD)
+
+
+def _place(path: Path, name: str) -> str:
+    return f"{path}: {name if name.isprintable() and len(name) < 200 else brief(name)}"
+
+
 def _header_length(path: Path, prefix: bytes, size: int) -> int:
     if len(prefix) < 8:
-        raise InputError(
-            "is too short for a safetensors file",
-            where=path,
-            expected="at least 8 bytes",
-            found=f"{size} bytes",
-            remedy=_REDOWNLOAD,
-        )
+        raise _fault("is too short for a safetensors file", path, "at least 8 bytes", f"{size} bytes")
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
-        remedy = "it is not a safetensors file, or it is damaged: fetch it again"
         raise InputError(
             "the header is too large",
             where=path,
             expected=f"at most {MAX_HEADER_BYTES} bytes",
             found=f"{length} bytes",
-            remedy=remedy,
+            remedy="it is not a safetensors file, or it is damaged: fetch it again",
         )
     if 8 + length > size:
-        raise InputError(
-            "is truncated inside its header",
-            where=path,
-            expected=f"{8 + length} bytes or more",
-            found=f"{size} bytes",
-            remedy=_REDOWNLOAD,
-        )
+        raise _fault("is truncated inside its header", path, f"{8 + length} bytes or more", f"{size} bytes")
     return length
-
-
-def _json_object(path: Path, text: bytes) -> dict[str, Any]:
-    try:
-        document = json.loads(text.decode("utf-8"), object_pairs_hook=_unique(path))
-    except UnicodeDecodeError:
-        raise InputError("the header is not UTF-8", where=path, remedy=_REDOWNLOAD) from None
-    except (ValueError, RecursionError) as error:
-        raise InputError("the header is not JSON", where=path, found=error, remedy=_REDOWNLOAD) from None
-    if not isinstance(document, dict):
-        raise InputError(
-            "the header is not a JSON object",
-            where=path,
-            expected="an object of tensors",
-            found=type(document).__name__,
-            remedy=_REDOWNLOAD,
-        )
-    return document
-
-
-def _unique(path: Path) -> Any:
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key, value in items:
-            if key in result:
-                raise InputError("the header names something twice", where=path, found=key, remedy=_REDOWNLOAD)
-            result[key] = value
-        return result
-
-    return pairs
 
 
 def _metadata(path: Path, value: Any) -> dict[str, str]:
     if isinstance(value, dict) and all(isinstance(item, str) for item in value.values()):
         return value
-    raise InputError(
-        "the metadata of the header is not a map of strings",
-        where=f"{path}: __metadata__",
-        expected="an object of strings",
-        found=type(value).__name__,
-        remedy=_REDOWNLOAD,
-    )
+    where = _place(path, _METADATA)
+    raise _fault("the metadata of the header is not a map of strings", where, "an object of strings", brief(value))
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < _MAX_ELEMENTS
 
 
+def _overflows(shape: list[int]) -> bool:
+    """Whether the product of the sizes passes the bound on the way, as the reference implementation counts it: a zero
+    later in the list is no excuse, and a shape of a million sizes is given up early.
+    """
+    numel = 1
+    for size in shape:
+        numel *= size
+        if numel >= _MAX_ELEMENTS:
+            return True
+    return False
+
+
 def _entry(path: Path, name: str, item: Any, data_offset: int) -> Entry:
-    where = f"{path}: {name}"
-
-    def fault(message: str, expected: object, found: object) -> InputError:
-        return InputError(message, where=where, expected=expected, found=found, remedy=_REDOWNLOAD)
-
+    where = _place(path, name)
     if not isinstance(item, dict) or set(item) != {"dtype", "shape", "data_offsets"}:
-        found = sorted(item) if isinstance(item, dict) else type(item).__name__
-        raise fault("the header's entry is malformed", "dtype, shape and data_offsets", found)
+        raise _fault("the header's entry is malformed", where, "dtype, shape and data_offsets", brief(item))
     dtype, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise fault("unknown dtype", f"one of {', '.join(ITEM_BYTES)}", dtype)
+        raise _fault("unknown dtype", where, f"one of {', '.join(ITEM_BYTES)}", brief(dtype))
     if not isinstance(shape, list) or not all(map(_is_count, shape)):
-        raise fault("the shape is malformed", "a list of sizes", shape)
+        raise _fault("the shape is malformed", where, "a list of sizes", brief(shape))
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-        raise fault("the byte range is malformed", "[begin, end]", offsets)
-    spec = TensorSpec(name, dtype, tuple(shape))
-    if spec.numel >= _MAX_ELEMENTS:
-        raise fault("the shape is impossibly large", f"fewer than 2^60 elements of {dtype}", shape)
-    begin, end = offsets
+        raise _fault("the byte range is malformed", where, "[begin, end]", brief(offsets))
+    if _overflows(shape):
+        raise _fault("the shape is impossibly large", where, f"fewer than 2^60 elements of {dtype}", brief(shape))
+    spec, (begin, end) = TensorSpec(name, dtype, tuple(shape)), offsets
     if end - begin != spec.nbytes:
-        raise fault("shape and byte range disagree", f"{spec.nbytes} bytes for {dtype} {shape}", f"{end - begin} bytes")
+        expected = f"{spec.nbytes} bytes for {dtype} {brief(shape)}"
+        raise _fault("shape and byte range disagree", where, expected, f"{end - begin} bytes")
     return Entry(spec, data_offset + begin)
 
 
@@ -196,17 +170,10 @@ def _check_coverage(path: Path, entries: list[Entry], data_offset: int, file_byt
     expected = data_offset
     for entry in entries:
         if entry.offset != expected:
-            fault = "overlaps the tensor before it" if entry.offset < expected else "leaves a hole before it"
-            raise InputError(
-                fault,
-                where=f"{path}: {entry.spec.name}",
-                expected=f"data at byte {expected}",
-                found=f"byte {entry.offset}",
-                remedy=_REDOWNLOAD,
-            )
+            message = "overlaps the tensor before it" if entry.offset < expected else "leaves a hole before it"
+            where = _place(path, entry.spec.name)
+            raise _fault(message, where, f"data at byte {expected}", f"byte {entry.offset}")
         expected = entry.offset + entry.spec.nbytes
     if expected != file_bytes:
-        fault = "is truncated" if expected > file_bytes else "has bytes that no tensor owns"
-        raise InputError(
-            fault, where=path, expected=f"{expected} bytes", found=f"{file_bytes} bytes", remedy=_REDOWNLOAD
-        )
+        message = "is truncated" if expected > file_bytes else "has bytes that no tensor owns"
+        raise _fault(message, path, f"{expected} bytes", f"{file_bytes} bytes")

@@ -3,50 +3,76 @@
 from __future__ import annotations
 
 import json
+import re
+import reprlib
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from regraft.core.buffers import unreadable
 from regraft.core.errors import InputError
 
 MAX_JSON_BYTES = 256 << 20
 """No honest config, index or tokenizer comes near; what does is refused before it is parsed."""
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
-def parse_object(data: bytes, where: object) -> dict[str, Any]:
+
+def parse_object(data: bytes, where: object, *, remedy: str = "correct the file, or fetch it again") -> dict[str, Any]:
     """The JSON object in `data`.
 
     Raises:
-        InputError: too large, not UTF-8, not JSON, a key given twice, or not an object.
+        InputError: too large, not UTF-8, not JSON, half a surrogate pair, a key given twice, or not an object.
     """
-    if len(data) > MAX_JSON_BYTES:
-        raise InputError(
-            "the file is too large", where=where, expected=f"at most {MAX_JSON_BYTES} bytes", found=len(data)
-        )
+    check_size(len(data), where)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise InputError("a key is given twice", where=where, found=twice, remedy="keep one of them")
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            raise InputError("a key is given twice", where=where, found=brief(twice), remedy=remedy)
         return result
 
     try:
-        document = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
-    except UnicodeDecodeError:
-        raise InputError("is not UTF-8 text", where=where, remedy="fetch the file again") from None
+        text = data.decode("utf-8")
+        document = json.loads(text, object_pairs_hook=unique)
+        if _SURROGATE.search(text):
+            json.dumps(document, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError("is not UTF-8 text", where=where, found=error.reason, remedy=remedy) from None
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise InputError("has half a surrogate pair", where=where, found=half, remedy=remedy) from None
     except (ValueError, RecursionError) as error:
-        raise InputError("is not JSON", where=where, found=error, remedy="correct the file or fetch it again") from None
+        raise InputError("is not JSON", where=where, found=error, remedy=remedy) from None
     if not isinstance(document, dict):
         raise InputError(
-            "is not a JSON object",
-            where=where,
-            expected="an object",
-            found=type(document).__name__,
-            remedy="correct the file or fetch it again",
+            "is not a JSON object", where=where, expected="an object", found=type(document).__name__, remedy=remedy
         )
     return document
+
+
+def brief(value: object) -> str:
+    """A value out of an untrusted file, short enough for a message and without control characters."""
+    shown = reprlib.Repr()
+    shown.maxstring = 120
+    return shown.repr(value)
+
+
+def check_size(nbytes: int, where: object) -> None:
+    """Refuse JSON that is too large before it is read.
+
+    Raises:
+        InputError: it is.
+    """
+    if nbytes > MAX_JSON_BYTES:
+        raise InputError(
+            "is too large for JSON that a checkpoint holds",
+            where=where,
+            expected=f"at most {MAX_JSON_BYTES} bytes",
+            found=f"{nbytes} bytes",
+        )
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -56,18 +82,10 @@ def read_object(path: Path) -> dict[str, Any]:
         InputError: it cannot be read, or `parse_object` refuses it.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise InputError(
-                "the file is too large",
-                where=path,
-                expected=f"at most {MAX_JSON_BYTES} bytes",
-                found=f"{path.stat().st_size} bytes",
-            )
+        check_size(path.stat().st_size, path)
         data = path.read_bytes()
     except OSError as error:
-        raise InputError(
-            f"cannot be read: {error.strerror}", where=path, remedy="check the path and its rights"
-        ) from None
+        raise unreadable(path, error) from None
     return parse_object(data, path)
 
 
@@ -91,13 +109,18 @@ def merge(document: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, An
 
 
 def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """The merge patch that turns `before` into `after` (which may not contain null where `before` has a value)."""
+    """The merge patch that turns `before` into `after`, where `after` holds no null (a merge patch cannot set one)."""
     patch: dict[str, Any] = {key: None for key in before if key not in after}
     for key, value in after.items():
         old = before.get(key)
         if isinstance(old, Mapping) and isinstance(value, Mapping):
             if inner := difference(old, value):
                 patch[key] = inner
-        elif key not in before or type(old) is not type(value) or old != value:
+        elif key not in before or not same(old, value):
             patch[key] = value
     return patch
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two JSON values are written alike, but for the order of keys: 1, 1.0 and true are three values."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)

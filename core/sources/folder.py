@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
+from regraft.core.buffers import unreadable
 from regraft.core.checkpoint import CONFIG, Checkpoint, FileRef
 from regraft.core.errors import InputError
-from regraft.core.jsonio import read_object
+from regraft.core.jsonio import brief, read_object
 from regraft.core.sources.open import Reference
 from regraft.core.tensors import FileTensor, WeightFile
 
@@ -29,6 +30,7 @@ WEIGHT_SUFFIXES = PICKLE_SUFFIXES | {
     ".tflite",
 }
 _NOT_CARRIED_FOLDERS = frozenset({".git", ".cache", "__pycache__"})
+_FETCH = "fetch the checkpoint again"
 
 
 class FolderSource:
@@ -65,22 +67,33 @@ class FileSource:
             raise _pickle(path)
         if path.suffix != ".safetensors":
             raise InputError(
-                "is not a checkpoint", where=reference.model, expected="a .safetensors or .gguf file, or a folder"
+                "is not a checkpoint",
+                where=reference.model,
+                expected="a .safetensors or .gguf file, or a folder",
+                remedy="name the checkpoint itself",
             )
         index = path.parent / INDEX
         if index.is_file() and path.name in set(_weight_map(index).values()):
             raise InputError(
                 "is one shard of a sharded checkpoint", where=reference.model, remedy=f"name its folder: {path.parent}"
             )
-        return _assemble(path.parent, reference.model, [WeightFile(path)])
+        return _assemble(path.parent, reference.model, [WeightFile(path)], {path.name})
 
 
 def open_folder(folder: Path, *, label: str) -> Checkpoint:
     """Open the checkpoint in `folder`; every header is validated, no weight is read.
 
     Raises:
-        InputError: no config.json, no weights, pickled weights only, an index that lies, or a bad header.
+        InputError: no config.json, no weights, pickled weights only, an index that lies, a bad header, or no right to
+            read the folder.
     """
+    try:
+        return _open(folder, label)
+    except OSError as error:
+        raise unreadable(error.filename or folder, error) from None
+
+
+def _open(folder: Path, label: str) -> Checkpoint:
     if not (folder / CONFIG).is_file():
         raise InputError(
             f"the folder has no {CONFIG}",
@@ -96,9 +109,10 @@ def open_folder(folder: Path, *, label: str) -> Checkpoint:
             remedy="two models are mixed up in it: remove the one that is stale",
         )
     if index.is_file():
-        return _assemble(folder, label, _shards(folder, index))
+        files = _shards(folder, index)
+        return _assemble(folder, label, files, {INDEX, *(file.path.name for file in files)})
     if single.is_file():
-        return _assemble(folder, label, [WeightFile(single)])
+        return _assemble(folder, label, [WeightFile(single)], {SINGLE})
     raise _no_weights(folder, label)
 
 
@@ -106,9 +120,14 @@ def _shards(folder: Path, index: Path) -> list[WeightFile]:
     weight_map = _weight_map(index)
     files = []
     for name in sorted(set(weight_map.values())):
+        if (folder / name).suffix in PICKLE_SUFFIXES:
+            raise _pickle(folder / name)
         if not (folder / name).is_file():
             raise InputError(
-                "the index names a shard that is missing", where=f"{index}: {name}", remedy="fetch the missing file"
+                "the index names a shard that is missing",
+                where=f"{index}: {name}",
+                expected=f"the file {name} in the folder",
+                remedy="fetch the missing file",
             )
         files.append(WeightFile(folder / name))
     _check_index(index, weight_map, files)
@@ -122,17 +141,18 @@ def _weight_map(index: Path) -> Mapping[str, str]:
             "the index has no weight_map",
             where=index,
             expected="an object: tensor name -> file name",
-            found=type(weight_map).__name__,
+            found=brief(weight_map),
             remedy="fetch the index again",
         )
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or PurePosixPath(name).name != name or name in {"", ".", ".."} or "\\" in name:
+        plain = isinstance(name, str) and PurePosixPath(name).name == name and not set(name) & {"\\", "\0"}
+        if not plain or name in {"", ".", ".."}:
             raise InputError(
-                "the index names a path outside the folder",
+                "the index does not name a file of the folder",
                 where=f"{index}: {tensor}",
                 expected="a plain file name",
-                found=name,
-                remedy="do not trust this checkpoint",
+                found=brief(name),
+                remedy="do not trust this checkpoint: a path could lead outside its folder",
             )
     return weight_map
 
@@ -146,7 +166,7 @@ def _check_index(index: Path, weight_map: Mapping[str, str], files: list[WeightF
                     "two shards hold the same tensor",
                     where=f"{index}: {name}",
                     found=f"{stored[name]} and {file.path.name}",
-                    remedy="fetch the checkpoint again",
+                    remedy=_FETCH,
                 )
             stored[name] = file.path.name
     for name, shard in weight_map.items():
@@ -156,7 +176,7 @@ def _check_index(index: Path, weight_map: Mapping[str, str], files: list[WeightF
                 where=f"{index}: {name}",
                 expected=f"the tensor in {shard}",
                 found=stored.get(name, "no such tensor in any shard"),
-                remedy="fetch the checkpoint again",
+                remedy=_FETCH,
             )
     for name, shard in stored.items():
         if name not in weight_map:
@@ -164,21 +184,23 @@ def _check_index(index: Path, weight_map: Mapping[str, str], files: list[WeightF
                 "a shard holds a tensor that the index does not name",
                 where=f"{index}: {name}",
                 found=f"in {shard}",
-                remedy="fetch the checkpoint again",
+                remedy=_FETCH,
             )
 
 
-def _assemble(folder: Path, label: str, weights: list[WeightFile]) -> Checkpoint:
+def _assemble(folder: Path, label: str, weights: list[WeightFile], own: set[str]) -> Checkpoint:
     tensors: dict[str, FileTensor] = {}
     shards: dict[str, str] = {}
     for file in weights:
         tensors.update(file.tensors())
         shards.update(dict.fromkeys(file.header.entries, file.path.name))
-    own = {file.path.name for file in weights} | {INDEX}
     files, left_behind = side_files(folder, own)
     if CONFIG not in files:
         raise InputError(
-            f"there is no {CONFIG} beside the weights", where=label, remedy="put the model's config beside the file"
+            f"there is no {CONFIG} beside the weights",
+            where=label,
+            expected=f"{folder / CONFIG}",
+            remedy="put the model's config beside the file",
         )
     return Checkpoint(label, tensors, files, shards, left_behind, {"source": "folder"})
 
@@ -186,6 +208,10 @@ def _assemble(folder: Path, label: str, weights: list[WeightFile]) -> Checkpoint
 def side_files(folder: Path, own: set[str]) -> tuple[dict[str, FileRef], dict[str, str]]:
     """The files of `folder` that are carried over, and those left behind with the reason. Everything is carried that is
     neither a weight nor known to be stale in the output.
+
+    Args:
+        folder: of the checkpoint.
+        own: names of the weight files that are read, and of their index.
     """
     files: dict[str, FileRef] = {}
     left_behind: dict[str, str] = {}
@@ -193,7 +219,11 @@ def side_files(folder: Path, own: set[str]) -> tuple[dict[str, FileRef], dict[st
         name = path.relative_to(folder).as_posix()
         if name in own:
             continue
-        if path.suffix in WEIGHT_SUFFIXES:
+        if path.is_dir():
+            left_behind[name] = "a link to a folder" if path.is_symlink() else "belongs to a tool, not to the model"
+        elif not path.is_file():
+            left_behind[name] = "is not a file, or a link that leads nowhere"
+        elif path.suffix in WEIGHT_SUFFIXES:
             left_behind[name] = "weights in another file or format, not rewritten"
         elif name.endswith(".index.json"):
             left_behind[name] = "index of weights that are not rewritten"
@@ -205,20 +235,20 @@ def side_files(folder: Path, own: set[str]) -> tuple[dict[str, FileRef], dict[st
 
 
 def _walk(folder: Path) -> Iterator[Path]:
+    """Everything below `folder`; of folders only those that are not entered."""
     for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.is_symlink():
-            if path.name not in _NOT_CARRIED_FOLDERS:
-                yield from _walk(path)
-        elif path.is_file():
+        if path.is_dir() and not path.is_symlink() and path.name not in _NOT_CARRIED_FOLDERS:
+            yield from _walk(path)
+        else:
             yield path
 
 
 def _no_weights(folder: Path, label: str) -> InputError:
     pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
-    if pickles:
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf"))
+    if pickles and not others:
         return _pickle(pickles[0])
-    ggufs = sorted(path.name for path in folder.glob("*.gguf"))
-    remedy = f"name the file itself: {Path(label) / ggufs[0]}" if ggufs else "name the folder that holds the weights"
+    remedy = f"name the file itself: {Path(label) / others[0]}" if others else "name the folder that holds the weights"
     return InputError("the folder has no weights", where=label, expected=f"{SINGLE} or {INDEX}", remedy=remedy)
 
 

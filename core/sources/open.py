@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from regraft.core.checkpoint import Checkpoint
-from regraft.core.errors import InputError
+from regraft.core.errors import InputError, PluginError, RegraftError
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,10 @@ class Reference:
     @property
     def path(self) -> Path:
         """The model read as a path."""
-        return self.folder / Path(self.model).expanduser()
+        try:
+            return self.folder / Path(self.model).expanduser()
+        except RuntimeError:  # the home of a user that there is not
+            return self.folder / self.model
 
 
 class Source(Protocol):
@@ -66,17 +70,38 @@ def open_checkpoint(
 
     Raises:
         InputError: nothing accepts it, or what does cannot read it.
+        PluginError: a plugin's source failed.
     """
     reference = Reference(str(model), revision, folder)
-    for source in [*extra, *built_in_sources()]:
+    if not reference.model:
+        raise InputError("no checkpoint is named", expected="a folder, a file or a hub id", remedy="name one")
+    for source in extra:
+        with _blaming(source):
+            if source.accepts(reference):
+                return dequantised(source.open(reference))
+    for source in built_in_sources():
         if source.accepts(reference):
             return dequantised(source.open(reference))
     raise InputError(
         "there is no such checkpoint",
-        where=model,
+        where=reference.model if reference.model.isprintable() else ascii(reference.model),
         expected="a folder, a .safetensors or .gguf file, a hub id such as org/name, or demo:tiny",
         remedy="check the path",
     )
+
+
+@contextmanager
+def _blaming(source: Source) -> Iterator[None]:
+    try:
+        yield
+    except RegraftError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"the source failed: {type(error).__name__}: {error}",
+            where=f"source {source.name}",
+            remedy="report it to the plugin's author",
+        ) from error
 
 
 def dequantised(checkpoint: Checkpoint) -> Checkpoint:
@@ -85,7 +110,7 @@ def dequantised(checkpoint: Checkpoint) -> Checkpoint:
     Raises:
         InputError: quantised by a method that regraft does not read.
     """
-    if "quantization_config" not in checkpoint.config:
+    if not checkpoint.config.get("quantization_config"):
         return checkpoint
     from regraft.core.sources.bitsandbytes import dequantise
 
