@@ -86,9 +86,16 @@ def torch_dtype(code: str) -> torch.dtype:
 
 
 def dtype_code(dtype: torch.dtype) -> str:
-    """The safetensors code of a torch dtype."""
+    """The safetensors code of a torch dtype.
+
+    Raises:
+        InputError: safetensors cannot store it.
+    """
     name = str(dtype).removeprefix("torch.")
-    return next(code for code, torch_name in _TORCH_NAMES.items() if torch_name == name)
+    codes = [code for code, torch_name in _TORCH_NAMES.items() if torch_name == name]
+    if not codes:
+        raise InputError("safetensors has no such dtype", expected=f"one of {', '.join(_TORCH_NAMES)}", found=dtype)
+    return codes[0]
 
 
 def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regraft.core.buffers import CHUNK_BYTES, phased_empty, read_into
-from regraft.core.errors import InputError
+from regraft.core.buffers import CHUNK_BYTES, open_input, phased_empty, read_into
+from regraft.core.errors import InputError, PluginError
 from regraft.core.header import Entry, Header, read_header
 from regraft.core.specs import TensorSpec, spec_of, torch_dtype
 
@@ -35,6 +35,8 @@ class LazyTensor(ABC):
     """A tensor known by its spec, whose values are computed or read only on request."""
 
     spec: TensorSpec
+    sources: tuple[LazyTensor, ...] = ()
+    """The tensors that its values come from; none for one that is stored, or made of nothing."""
 
     @property
     def row_local(self) -> bool:
@@ -69,13 +71,33 @@ def row_chunks(spec: TensorSpec, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tup
         yield start, min(start + step, spec.rows)
 
 
+def check_rows(spec: TensorSpec, rows: torch.Tensor, count: int) -> torch.Tensor:
+    """`rows` if they are `count` rows of `spec`; a scalar counts as one row.
+
+    Raises:
+        PluginError: they are not what the spec promised; writing them would damage the tensors beside it.
+    """
+    expected = (count, *spec.shape[1:])
+    if rows.dim() == 0 and not spec.shape:
+        rows = rows.reshape(1)
+    if tuple(rows.shape) != expected:
+        raise PluginError(
+            "an operation computes another shape than its edit says",
+            where=spec.name,
+            expected=list(expected),
+            found=list(rows.shape),
+            remedy="report it to the author of the step's plugin",
+        )
+    return rows
+
+
 class WeightFile:
     """One open safetensors file with a validated header."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.header: Header = read_header(path)
-        self.descriptor = os.open(path, os.O_RDONLY)
+        self.descriptor = open_input(path)
         weakref.finalize(self, os.close, self.descriptor)
 
     def tensors(self) -> dict[str, FileTensor]:
