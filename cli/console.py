@@ -97,7 +97,7 @@ def _json_lines(interval_seconds: float = 0.5) -> Callable[[int, int], None]:
         now = time.monotonic()
         if now - last[0] >= interval_seconds or done >= total:
             last[0] = now
-            tell(json.dumps({"schema": JSON_SCHEMA, "event": "progress", "bytes": done, "total_bytes": total}))
+            event("progress", bytes=done, total_bytes=total)
 
     return show
 
