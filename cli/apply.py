@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from regraft.cli.console import human_bytes, print_json, progress, tell
+from regraft.cli.console import event, human_bytes, print_json, progress, tell
 from regraft.cli.options import Json, RecipeName, Set, Threads, target_of, validated
 
 if TYPE_CHECKING:
@@ -46,12 +47,20 @@ def apply(
     target = target_of(parsed, output)
     options = ApplyOptions(device, threads, force, link, durable, strict, verify, save_patches)
     with progress(as_json=as_json) as bar:
-        events = Events(say=lambda line: None if as_json else tell(line), start=bar.start, advance=bar.advance)
+        say = partial(_say, as_json=as_json)
+        events = Events(say=say, start=bar.start, advance=bar.advance)
         report = run(parsed, target, host(), options, events)
     if as_json:
         print_json(as_document(report))
     else:
         _print(report)
+
+
+def _say(line: str, *, as_json: bool) -> None:
+    if as_json:
+        event("message", text=line)
+    else:
+        tell(line)
 
 
 def as_document(report: ApplyReport) -> dict[str, Any]:

@@ -37,10 +37,17 @@ def fail(error: Exception, *, as_json: bool) -> int:
     return error.exit_code
 
 
-def interrupted() -> int:
+def interrupted(*, as_json: bool) -> int:
     """Say so; gives the exit code."""
-    tell("interrupted; nothing incomplete is left in the target")
+    message = "interrupted; nothing incomplete is left in the target"
+    facts = {"schema": JSON_SCHEMA, "error": "Interrupted", "exit_code": INTERRUPTED, "message": message}
+    tell(json.dumps(facts) if as_json else message)
     return INTERRUPTED
+
+
+def event(kind: str, **facts: Any) -> None:
+    """One JSON object in one line on stderr."""
+    tell(json.dumps({"schema": JSON_SCHEMA, "event": kind, **facts}, ensure_ascii=False))
 
 
 def human_bytes(count: float) -> str:

@@ -12,6 +12,10 @@ from typer.core import TyperGroup
 
 from regraft.cli import apply, check, diff, inspect, plan, plugins, recipes, schema, verify
 from regraft.cli.console import fail, interrupted
+from regraft.core.errors import UsageError
+
+_CommandLineError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+"""The base of typer's own errors: click's, or that of the copy of click which newer releases of typer bring."""
 
 
 class Commands(TyperGroup):
@@ -48,7 +52,7 @@ app = typer.Typer(
     cls=Commands,
     name="regraft",
     help="Rewrite language-model checkpoints: one recipe, one read, one verified safetensors checkpoint.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -64,12 +68,16 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def main(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show the Python traceback of an error.")] = False,
 ) -> None:
     """Rewrite language-model checkpoints: one recipe, one read, one verified safetensors checkpoint."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(UsageError.exit_code)
 
 
 for _module in (apply, plan, check, inspect, diff, verify, plugins, schema):
@@ -84,24 +92,42 @@ class Interrupted(BaseException):
 def run(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with the documented code: 0, 1, 2, 3, 4, 5, or 130."""
     given = sys.argv[1:] if arguments is None else arguments
-    show_traceback = "--traceback" in given
+    as_json, show_traceback = "--json" in given, "--traceback" in given
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
-        app(args=[argument for argument in given if argument != "--traceback"])
+        code = app(args=[argument for argument in given if argument != "--traceback"], standalone_mode=False)
+        sys.stdout.flush()
     except Interrupted:
-        sys.exit(interrupted())
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        code = interrupted(as_json=as_json)
+    except _CommandLineError as error:
+        code = fail(_usage(error), as_json=as_json)
+    except (SystemExit, BrokenPipeError) as ending:
+        code = _ended(ending)
     except Exception as error:
         if show_traceback:
             raise
-        sys.exit(fail(error, as_json="--json" in given))
+        code = fail(error, as_json=as_json)
+    sys.exit(code or 0)
 
 
 def _interrupt(number: int, frame: Any) -> None:
     raise Interrupted
+
+
+def _usage(error: Any) -> UsageError:
+    """What typer says of a command line that it does not understand, in the words and form of every other error."""
+    command = error.ctx.command_path if getattr(error, "ctx", None) else "regraft"
+    text = error.format_message()
+    return UsageError(text[:1].lower() + text[1:].rstrip("."), where=command, remedy=f"see `{command} --help`")
+
+
+def _ended(ending: BaseException) -> Any:
+    """The exit code; 0 if whoever reads our output has seen enough, which typer takes for a failure."""
+    if isinstance(ending, SystemExit) and not isinstance(ending.__context__, BrokenPipeError):
+        return ending.code
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 if __name__ == "__main__":
