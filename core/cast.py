@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from regraft.core.checkpoint import CONFIG, Checkpoint
 from regraft.core.operations import Convert
 from regraft.core.patch import Edit, Patch
 from regraft.core.specs import CODE_OF_NAME, FLOAT_CODES
+
+_KEYS = ("torch_dtype", "dtype")
 
 
 def cast_patch(checkpoint: Checkpoint, dtype: str) -> Patch:
@@ -23,5 +27,13 @@ def cast_patch(checkpoint: Checkpoint, dtype: str) -> Patch:
         for name, spec in checkpoint.specs.items()
         if spec.dtype in FLOAT_CODES and spec.dtype != code
     }
-    keys = [key for key in ("torch_dtype", "dtype") if key in checkpoint.config] or ["dtype"]
-    return Patch(edits=edits, json={CONFIG: dict.fromkeys(keys, dtype)})
+    return Patch(edits=edits, json={CONFIG: _config_change(checkpoint.config, dtype)})
+
+
+def _config_change(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The dtype under whichever key the config has it, in the configs of its parts (`text_config`) too."""
+    change: dict[str, Any] = dict.fromkeys([key for key in _KEYS if key in config] or ["dtype"], dtype)
+    for name, part in config.items():
+        if name.endswith("_config") and isinstance(part, Mapping) and any(key in part for key in _KEYS):
+            change[name] = dict.fromkeys([key for key in _KEYS if key in part], dtype)
+    return change

@@ -7,14 +7,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from regraft.core.errors import PluginError
 from regraft.core.specs import TensorSpec, torch_dtype
-from regraft.core.tensors import ByteRange, LazyTensor, RowReader
+from regraft.core.tensors import ByteRange, LazyTensor, RowReader, check_rows
 
 if TYPE_CHECKING:
     import torch
 
 RowFunction = Callable[..., "torch.Tensor"]
-"""Called with (start, stop, *input rows), gives output rows start..stop in any float dtype; the caller rounds once."""
+"""Called with (start, stop, *input rows), gives output rows start..stop, [stop - start, ...], in any float dtype; the
+caller rounds once."""
 
 
 class Operation(ABC):
@@ -57,6 +59,11 @@ class Value(Operation):
 
     tensor: LazyTensor
     kind: ClassVar[str] = "value"
+
+    @property
+    def row_local(self) -> bool:  # type: ignore[override]
+        """As the tensor."""
+        return self.tensor.row_local
 
     @property
     def operands(self) -> Mapping[str, LazyTensor]:
@@ -134,6 +141,8 @@ class ScaleRows(Operation):
         factors = self.factors.load(device).float()
 
         def scale(start: int, stop: int, rows: torch.Tensor) -> torch.Tensor:
+            if len(factors) < stop:
+                raise PluginError("fewer factors than rows", where=self.input, expected=stop, found=len(factors))
             factor = factors[start:stop].view(-1, *[1] * (rows.dim() - 1))
             if self.offset:
                 return (rows.float() + self.offset) * factor - self.offset
@@ -146,7 +155,17 @@ class ScaleRows(Operation):
         cls, inputs: tuple[str, ...], parameters: Mapping[str, Any], operands: Mapping[str, LazyTensor]
     ) -> ScaleRows:
         """From a saved patch."""
-        return cls(inputs[0], operands["factors"], parameters["offset"])
+        return cls(inputs[0], operands["factors"], float(parameters["offset"]))
+
+
+def leaves(tensor: LazyTensor) -> dict[str, LazyTensor]:
+    """The stored tensors that `tensor` is made of, by name; operands that a step brings along are not among them."""
+    below = tensor.sources
+    if isinstance(tensor, ComputedTensor):
+        below += tensor.operation.tensor.sources if isinstance(tensor.operation, Value) else ()
+    elif not below:
+        return {tensor.spec.name: tensor}
+    return {name: leaf for source in below for name, leaf in leaves(source).items()}
 
 
 class ComputedTensor(LazyTensor):
@@ -165,29 +184,38 @@ class ComputedTensor(LazyTensor):
     @property
     def raw(self) -> ByteRange | None:
         """The bytes on disk, when the operation only brings a stored tensor along."""
-        brought = self.operation.tensor if isinstance(self.operation, Value) else None
-        return brought.raw if brought and brought.spec.dtype == self.spec.dtype else None
+        if not isinstance(self.operation, Value):
+            return None
+        brought = self.operation.tensor
+        stored, wanted = (brought.spec.dtype, brought.spec.shape), (self.spec.dtype, self.spec.shape)
+        return brought.raw if stored == wanted else None
 
     @property
     def held_bytes(self) -> int:
-        """Operands (twice, for their fp32 copies), and whole inputs where rows are not enough."""
+        """Operands (twice, for their fp32 copies), and what the readers of its inputs hold."""
         operands = sum(2 * tensor.spec.nbytes for tensor in self.operation.operands.values())
         if isinstance(self.operation, Value):
             operands = self.operation.tensor.held_bytes
         return operands + sum(source.held_bytes for source in self.sources)
 
     def open(self, device: str = "cpu") -> RowReader:
-        """Reads rows of the inputs, applies the operation, rounds."""
+        """Reads rows of the inputs, applies the operation, rounds.
+
+        Raises:
+            PluginError: from the reader; the operation gives another shape than its edit promised.
+        """
         function = self.operation.prepare(device)
         readers = [source.open(device) for source in self.sources]
-        dtype = torch_dtype(self.spec.dtype)
         if self.row_local:
-            return lambda start, stop: function(start, stop, *(read(start, stop) for read in readers)).to(dtype)
+            return lambda start, stop: self._rounded(
+                function(start, stop, *(read(start, stop) for read in readers)), stop - start
+            )
 
         def whole(start: int, stop: int) -> torch.Tensor:
-            rows = self.spec.rows
             inputs = [read(0, source.spec.rows) for read, source in zip(readers, self.sources, strict=True)]
-            result = function(0, rows, *inputs).to(dtype).reshape(rows, *self.spec.shape[1:])
-            return result[start:stop]
+            return self._rounded(function(0, self.spec.rows, *inputs), self.spec.rows)[start:stop]
 
         return whole
+
+    def _rounded(self, values: torch.Tensor, rows: int) -> torch.Tensor:
+        return check_rows(self.spec, values, rows).to(torch_dtype(self.spec.dtype))

@@ -6,16 +6,20 @@ patches stack without touching the disk, and N steps cost one read and one write
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
 from typing import Any
 
 from regraft.core.checkpoint import Checkpoint, FileRef
 from regraft.core.errors import PluginError
-from regraft.core.jsonio import dump, merge
-from regraft.core.operations import ComputedTensor, Operation
+from regraft.core.jsonio import dump, merge, same
+from regraft.core.operations import ComputedTensor, Operation, Value
 from regraft.core.specs import TensorSpec
 from regraft.core.tensors import LazyTensor, PromisedTensor
+
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -90,13 +94,26 @@ class Outline:
     def deviations(self, patch: Patch) -> list[str]:
         """Where `patch` is not what this outline promised; empty when it keeps its word."""
         actual = Outline.of(patch)
-        names = ("removals", "renames", "json", "dropped", *(("specs",) if self.exact else ()))
+        names = ("removals", "renames", "json", "dropped")
         differing = [name for name in names if getattr(self, name) != getattr(actual, name)]
+        if not self._keeps_specs(actual.specs):
+            differing.append("specs")
         sizes = {name: size for name, size in actual.files.items() if self.files.get(name, size) is not None}
         promised = {name: size for name, size in self.files.items() if size is not None}
         if set(self.files) != set(actual.files) or (self.exact and promised != sizes):
             differing.append("files")
         return differing
+
+    def _keeps_specs(self, actual: Mapping[str, TensorSpec]) -> bool:
+        """Whether the tensors are those promised; where data decides a shape, whether none is larger."""
+        if self.exact or set(self.specs) != set(actual):
+            return dict(self.specs) == dict(actual)
+        return all(
+            bound.dtype == actual[name].dtype
+            and len(bound.shape) == len(actual[name].shape)
+            and all(found <= most for found, most in zip(actual[name].shape, bound.shape, strict=True))
+            for name, bound in self.specs.items()
+        )
 
 
 def overlay(below: Checkpoint, patch: Patch, *, by: str) -> Checkpoint:
@@ -108,14 +125,10 @@ def overlay(below: Checkpoint, patch: Patch, *, by: str) -> Checkpoint:
         by: the step's id, for messages.
 
     Raises:
-        PluginError: the patch names tensors that do not exist, or changes one in two ways.
+        PluginError: the patch names tensors that do not exist, changes one in two ways, gives a row-local operation
+            inputs with other rows than its output, names a file outside the folder, or holds what is not JSON.
     """
-    computed = {
-        name: ComputedTensor(
-            edit.spec, edit.operation, tuple(_input(below, source, name, by) for source in edit.operation.inputs)
-        )
-        for name, edit in patch.edits.items()
-    }
+    computed = {name: _computed(below, name, edit, by) for name, edit in patch.edits.items()}
     return _assemble(below, computed, patch, patch.files, by)
 
 
@@ -130,6 +143,26 @@ def promise(below: Checkpoint, outline: Outline, *, by: str) -> Checkpoint:
     return _assemble(below, promised, outline, files, by)
 
 
+def _computed(below: Checkpoint, name: str, edit: Edit, by: str) -> ComputedTensor:
+    inputs = tuple(_input(below, source, name, by) for source in edit.operation.inputs)
+    if isinstance(edit.operation, Value) and edit.operation.tensor.spec.shape != edit.spec.shape:
+        raise PluginError(
+            "an edit brings a tensor of another shape",
+            where=f"step {by}: {name}",
+            expected=edit.spec,
+            found=edit.operation.tensor.spec,
+        )
+    for source in inputs:
+        if edit.operation.row_local and source.spec.rows != edit.spec.rows:
+            raise PluginError(
+                "a row-local operation needs inputs with as many rows as its output",
+                where=f"step {by}: {name}",
+                expected=f"{edit.spec.rows} rows",
+                found=source.spec,
+            )
+    return ComputedTensor(edit.spec, edit.operation, inputs)
+
+
 def _input(below: Checkpoint, name: str, output: str, by: str) -> LazyTensor:
     if name not in below.tensors:
         raise PluginError(
@@ -141,21 +174,45 @@ def _input(below: Checkpoint, name: str, output: str, by: str) -> LazyTensor:
 def _assemble(
     below: Checkpoint, changed: Mapping[str, LazyTensor], change: Patch | Outline, files: Mapping[str, FileRef], by: str
 ) -> Checkpoint:
+    for name, tensor in changed.items():
+        if tensor.spec.name != name:
+            raise PluginError("an edit names another tensor", where=f"step {by}: {name}", found=tensor.spec.name)
     tensors, shards = _tensors(below, changed, change, by)
+    for name in [*files, *change.json]:
+        _check_file_name(name, by)
     kept = {name: file for name, file in below.files.items() if name not in change.dropped}
     merged = {**kept, **files}
     for name, merge_patch in change.json.items():
-        document = parse(merged, name, below)
-        result = merge(document, merge_patch)
-        if result != document:
-            merged[name] = FileRef(data=dump(result))
+        document = replace(below, files=merged).json(name)
+        if (file := _merged(document, merge_patch, f"step {by}: {name}")) is not None:
+            merged[name] = file
     left_behind = {**below.left_behind, **change.dropped}
     return replace(below, tensors=tensors, shards=shards, files=merged, left_behind=left_behind)
 
 
-def parse(files: Mapping[str, FileRef], name: str, below: Checkpoint) -> Mapping[str, Any]:
-    """The JSON file `name` among `files`; empty if there is none."""
-    return replace(below, files=files).json(name)
+def _merged(document: Mapping[str, Any], change: Mapping[str, Any], where: str) -> FileRef | None:
+    """The changed file; None if the change changes nothing, so that the bytes of the base stay."""
+    result = merge(document, change)
+    try:
+        return None if same(result, document) else FileRef(data=dump(result))
+    except (TypeError, ValueError) as error:
+        raise PluginError(
+            "a patch of a JSON file holds what is not JSON", where=where, found=error, remedy="give plain numbers"
+        ) from None
+
+
+def _check_file_name(name: str, by: str) -> None:
+    path = PurePosixPath(name)
+    inside = name and not path.is_absolute() and ".." not in path.parts and not set(name) & {"\0", "\\"}
+    if not inside or name != path.as_posix():
+        raise PluginError(
+            "a patch names a file outside the checkpoint",
+            where=f"step {by}",
+            expected="a relative path inside the folder",
+            found=ascii(name),
+        )
+    if name in ("model.safetensors", "model.safetensors.index.json") or _SHARD.fullmatch(name):
+        raise PluginError("a patch writes weights as a file", where=f"step {by}", found=name, remedy="use edits")
 
 
 def _tensors(
@@ -165,6 +222,10 @@ def _tensors(
     for name in [*change.removals, *new_name]:
         if name not in below.tensors:
             raise PluginError("a patch removes or renames a tensor that does not exist", where=f"step {by}: {name}")
+    twice = [old for new, old in change.renames.items() if new_name[old] != new or old in change.removals]
+    twice += [name for name in change.removals if name in changed]
+    if twice:
+        raise PluginError("a patch changes a tensor in two ways", where=f"step {by}: {twice[0]}")
     tensors: dict[str, LazyTensor] = {}
     shards: dict[str, str] = {}
     for name, tensor in below.tensors.items():
@@ -186,6 +247,7 @@ class Renamed(LazyTensor):
     def __init__(self, name: str, tensor: LazyTensor) -> None:
         self.spec = replace(tensor.spec, name=name)
         self.tensor = tensor
+        self.sources = (tensor,)
 
     @property
     def row_local(self) -> bool:

@@ -119,12 +119,19 @@ class FileTensor(LazyTensor):
         return ByteRange(self.file.path, self.entry.offset, self.spec.nbytes)
 
     def open(self, device: str = "cpu") -> RowReader:
-        """Reads rows into a fresh buffer; with CUDA a pinned one that is copied asynchronously."""
+        """Reads rows into a fresh buffer; with CUDA a pinned one that is copied asynchronously.
+
+        Raises:
+            InputError: from the reader; the file ends early or cannot be read.
+            PluginError: from the reader; rows are asked for that the tensor does not have.
+        """
         dtype, row_bytes = torch_dtype(self.spec.dtype), self.spec.row_bytes
         shape, pinned = self.spec.shape[1:], device.startswith("cuda")
         where = f"{self.file.path}: {self.spec.name}"
 
         def read(start: int, stop: int) -> torch.Tensor:
+            if not 0 <= start <= stop <= self.spec.rows:
+                raise PluginError("rows are read that a tensor does not have", where=where, found=f"{start} to {stop}")
             offset = self.entry.offset + start * row_bytes
             buffer = phased_empty((stop - start) * row_bytes, offset, pinned=pinned)
             read_into(self.file.descriptor, buffer, offset, where=where)

@@ -88,6 +88,14 @@ def test_rows_are_slices_of_the_whole(tmp_path, code):
             assert read(start, stop).shape == (stop - start, 3, 2)
 
 
+@pytest.mark.parametrize("rows", [(-1, 2), (2, 1), (0, 8), (8, 8)])
+def test_rows_of_the_tensor_behind_are_never_read(tmp_path, rows):
+    save_file({"x": torch.ones(7, 2), "y": torch.zeros(7, 2)}, tmp_path / "x.safetensors")
+    read = WeightFile(tmp_path / "x.safetensors").tensors()["x"].open()
+    with pytest.raises(PluginError, match="does not have"):
+        read(*rows)
+
+
 def test_a_tensor_at_an_odd_offset_is_read(tmp_path):
     header = {
         "odd": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
