@@ -1,0 +1,111 @@
+"""Parameters of `context-extension`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from regraft.core.transformation import Params
+
+Method = Literal["entropy-abf", "abf", "linear", "ntk", "yarn"]
+Export = Literal["native", "remote-code", "abf-only"]
+
+_ONLY = {
+    "rope_theta": ("entropy-abf", "abf"),
+    "export": ("entropy-abf",),
+    "skip_layers": ("entropy-abf",),
+    "beta": ("entropy-abf",),
+    "attention_factor": ("yarn",),
+    "beta_fast": ("yarn",),
+    "beta_slow": ("yarn",),
+}
+"""Parameters that only some methods have, and those methods."""
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class ContextExtensionParams(Params):
+    """Parameters of `context-extension`."""
+
+    method: Method = Field(
+        "entropy-abf",
+        description="How positions beyond the window become usable: entropy-abf (larger base, and a logit scale that "
+        "grows with the position), abf (larger base alone), linear (position interpolation), ntk (NTK-aware base) "
+        "or yarn.",
+    )
+    target_length: int = Field(gt=1, description="The context length to extend to, in tokens.")
+    original_length: int | None = Field(
+        None,
+        gt=1,
+        description="The context length the model was trained on, in tokens. Default: max_position_embeddings, or the "
+        "original_max_position_embeddings of a YaRN checkpoint.",
+    )
+    rope_theta: Literal["auto"] | Positive = Field(
+        "auto",
+        description="The new rotary base of entropy-abf and abf. auto: 500000, and for a model whose base is above "
+        "100000 at least base * s^(d / (d - 2)), with s = target_length / original_length, d rotary dimensions.",
+    )
+    export: Export = Field(
+        "native",
+        description="What carries the logit scale of entropy-abf. native: the stock Ministral3 class (llama and "
+        "mistral without biases; a staircase close to the exact scale, in every layer). remote-code: a modeling file "
+        "in the checkpoint, exact. abf-only: nothing; only the base changes.",
+    )
+    skip_layers: int | None = Field(
+        None,
+        ge=0,
+        description="First layers whose logits are not scaled (remote-code). Default: 2 as in the paper; 0 is what the "
+        "paper's released code does. native scales every layer.",
+    )
+    beta: Literal["paper", "fit"] | Positive = Field(
+        "paper",
+        description="Slope of the native staircase 1 + beta * ln(1 + floor(p / c)). paper: 1 / ln c, never below the "
+        "exact scale; fit: least squares over the positions from c to target_length; or a number.",
+    )
+    logit_scale: Positive | None = Field(
+        None,
+        description="A constant factor on every attention logit, folded into the query projections, or into the query "
+        "norms where a model has them.",
+    )
+    attention_factor: Positive | None = Field(
+        None,
+        description="yarn: factor on cosines and sines. Default: 0.1 ln s + 1, which transformers works out itself.",
+    )
+    beta_fast: Positive | None = Field(
+        None,
+        description="yarn: pairs that turn more often than this in the window keep their frequency. Default: 32.",
+    )
+    beta_slow: Positive | None = Field(
+        None, description="yarn: pairs that turn less often than this are interpolated. Default: 1."
+    )
+
+    @property
+    def scales_logits(self) -> bool:
+        """Whether the result carries the position-dependent logit scale."""
+        return self.method == "entropy-abf" and self.export != "abf-only"
+
+    @property
+    def layers_skipped(self) -> int:
+        """First layers without the logit scale."""
+        if self.skip_layers is not None:
+            return self.skip_layers
+        return 2 if self.export == "remote-code" else 0
+
+    @model_validator(mode="after")
+    def _refuse_what_has_no_effect(self) -> Self:
+        given = {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+        for name, methods in _ONLY.items():
+            if name in given and self.method not in methods:
+                raise ValueError(
+                    f"{name} belongs to {' and '.join(methods)}; method {self.method} has no such parameter: remove it"
+                )
+        if "beta" in given and self.export != "native":
+            raise ValueError(f"beta belongs to export native; {self.export} has no such parameter: remove it")
+        if self.skip_layers is not None and self.export == "abf-only":
+            raise ValueError("skip_layers belongs to export remote-code; abf-only scales no logits: remove it")
+        if self.skip_layers and self.export == "native":
+            raise ValueError("native scales the logits of every layer; use export remote-code for skip_layers above 0")
+        if (self.beta_fast or 32) < (self.beta_slow or 1):
+            raise ValueError("beta_fast must not be less than beta_slow (32 and 1 if not given)")
+        return self
