@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from regraft.core.checkpoint import Checkpoint
-from regraft.core.header import read_header, render_header
+from regraft.core.header import render_header
 from regraft.core.jsonio import dump
 from regraft.core.sources.folder import INDEX, SINGLE
 from regraft.core.specs import TensorSpec
@@ -35,15 +35,13 @@ class Shard:
     @cached_property
     def nbytes(self) -> int:
         """Size of the file."""
-        if self.source is not None:
-            return self.source.stat().st_size
-        return len(self.header) + sum(tensor.spec.nbytes for tensor in self.tensors)
+        first = self.tensors[0].raw if self.source is not None else None
+        return (first.offset if first else len(self.header)) + sum(tensor.spec.nbytes for tensor in self.tensors)
 
     def offsets(self) -> Iterable[tuple[LazyTensor, int]]:
         """Every tensor with the offset of its bytes in the file."""
         if self.source is not None:
-            entries = read_header(self.source).entries
-            yield from ((tensor, entries[tensor.spec.name].offset) for tensor in self.tensors)
+            yield from ((tensor, tensor.raw.offset) for tensor in self.tensors if tensor.raw is not None)
             return
         offset = len(self.header)
         for tensor in self.tensors:
@@ -74,7 +72,8 @@ class Layout:
 
 
 def lay_out(checkpoint: Checkpoint, shard_bytes: int) -> Layout:
-    """Spread the tensors of `checkpoint` over files of at most `shard_bytes` (a larger tensor gets a file of its own).
+    """Spread the tensors of `checkpoint` over files whose tensors have at most `shard_bytes` together (a larger tensor
+    gets a file of its own; headers are not counted, as elsewhere).
 
     The base's own shards are kept while all of them fit, so that an untouched one can be copied or linked whole.
     Otherwise tensors are packed in order.
@@ -95,10 +94,10 @@ def _base_groups(checkpoint: Checkpoint) -> list[list[LazyTensor]] | None:
     if not checkpoint.shards:
         return None
     groups: dict[str, list[LazyTensor]] = {}
-    last = next(reversed(checkpoint.shards.values()))
+    last = list(checkpoint.shards.values())[-1]
     for name, tensor in checkpoint.tensors.items():
         groups.setdefault(checkpoint.shards.get(name, last), []).append(tensor)
-    return list(groups.values())
+    return list(groups.values()) or [[]]
 
 
 def _packed(tensors: Iterable[LazyTensor], shard_bytes: int) -> list[list[LazyTensor]]:

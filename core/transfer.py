@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Protocol
 
-from regraft.core.buffers import CHUNK_BYTES, PAGE_BYTES
+from regraft.core.buffers import CHUNK_BYTES, PAGE_BYTES, ended_early, unreadable, write_all
 
 _FICLONE = 0x40049409
 _KERNEL_PIECE = 64 << 20
@@ -63,12 +63,40 @@ def clone_file(source: int, target: int) -> bool:
     return True
 
 
+def preallocate(descriptor: int, nbytes: int) -> None:
+    """Reserve `nbytes` for an empty file, so that a full disk shows at once; only set its size where that cannot be."""
+    try:
+        os.posix_fallocate(descriptor, 0, nbytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        os.ftruncate(descriptor, nbytes)
+
+
 def copy_range(
-    source: int, target: int, source_offset: int, target_offset: int, nbytes: int, hasher: Hasher | None = None
+    source: int,
+    target: int,
+    source_offset: int,
+    target_offset: int,
+    nbytes: int,
+    hasher: Hasher | None = None,
+    *,
+    where: object = None,
 ) -> None:
-    """Copy bytes from one open file to another; through user space only if `hasher` wants to see them."""
+    """Copy bytes from one open file to another; through user space only if `hasher` wants to see them.
+
+    Args:
+        source, target: open files.
+        source_offset, target_offset, nbytes: what goes where.
+        hasher: sees every byte.
+        where: how an error names the source.
+
+    Raises:
+        InputError: the source ends early or cannot be read.
+        OSError: the target cannot be written.
+    """
     if hasher is not None:
-        _copy_hashing(source, target, source_offset, target_offset, nbytes, hasher)
+        _copy_hashing(source, target, source_offset, target_offset, nbytes, hasher, where)
         return
     done = 0
     while done < nbytes:
@@ -79,33 +107,37 @@ def copy_range(
         except OSError as error:
             if error.errno not in _CANNOT_CLONE:
                 raise
-            _copy_hashing(source, target, source_offset + done, target_offset + done, nbytes - done, _NoHasher())
+            _copy_hashing(source, target, source_offset + done, target_offset + done, nbytes - done, _NoHasher(), where)
             return
         if count == 0:
-            raise OSError(errno.EIO, "the file ended while it was copied")
+            raise ended_early(where, nbytes, source_offset, done)
         done += count
 
 
 def _copy_hashing(
-    source: int, target: int, source_offset: int, target_offset: int, nbytes: int, hasher: Hasher
+    source: int, target: int, source_offset: int, target_offset: int, nbytes: int, hasher: Hasher, where: object
 ) -> None:
     phase = _phase(source_offset, target_offset)
 
     def write(piece: memoryview, position: int) -> None:
         hasher.update(piece)
-        done = 0
-        while done < len(piece):
-            done += os.pwrite(target, piece[done:], target_offset + position + done)
+        write_all(target, piece, target_offset + position)
 
-    _each_piece(source, source_offset, nbytes, phase, write)
+    _each_piece(source, source_offset, nbytes, phase, write, where)
 
 
-def hash_range(source: int, offset: int, nbytes: int, hasher: Hasher) -> None:
-    """Hash bytes of an open file."""
-    _each_piece(source, offset, nbytes, offset % PAGE_BYTES, lambda piece, position: hasher.update(piece))
+def hash_range(source: int, offset: int, nbytes: int, hasher: Hasher, *, where: object = None) -> None:
+    """Hash bytes of an open file; `where` is how an error names it.
+
+    Raises:
+        InputError: the file ends early or cannot be read.
+    """
+    _each_piece(source, offset, nbytes, offset % PAGE_BYTES, lambda piece, position: hasher.update(piece), where)
 
 
-def _each_piece(source: int, offset: int, nbytes: int, phase: int, use: Callable[[memoryview, int], None]) -> None:
+def _each_piece(
+    source: int, offset: int, nbytes: int, phase: int, use: Callable[[memoryview, int], None], where: object
+) -> None:
     with (
         mmap.mmap(-1, CHUNK_BYTES + PAGE_BYTES) as pages,
         memoryview(pages) as whole,
@@ -114,9 +146,12 @@ def _each_piece(source: int, offset: int, nbytes: int, phase: int, use: Callable
         done = 0
         while done < nbytes:
             with buffer[: min(CHUNK_BYTES, nbytes - done)] as wanted:
-                count = os.preadv(source, [wanted], offset + done)
+                try:
+                    count = os.preadv(source, [wanted], offset + done)
+                except OSError as error:
+                    raise unreadable(where, error) from None
                 if count == 0:
-                    raise OSError(errno.EIO, "the file ended while it was read")
+                    raise ended_early(where, nbytes, offset, done)
                 with wanted[:count] as piece:
                     use(piece, done)
             done += count

@@ -7,24 +7,24 @@ tensor that must be computed whole.
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regraft.core.buffers import phased_empty, write_from
-from regraft.core.errors import ResourceError, TransformationError
-from regraft.core.finite import NonFinite, count_non_finite, looks_finite
-from regraft.core.layout import Layout, Shard
-from regraft.core.operations import ComputedTensor
+from regraft.core.buffers import phased_empty, reading, write_from
+from regraft.core.errors import PluginError, RegraftError, ResourceError, TransformationError
+from regraft.core.finite import NonFinite, count_in, count_non_finite, looks_finite
+from regraft.core.layout import Layout, Shard, specs_of
+from regraft.core.operations import leaves
+from regraft.core.output_file import OutputFile, creating, link, resources
 from regraft.core.specs import torch_dtype
-from regraft.core.tensors import LazyTensor, row_chunks
-from regraft.core.transfer import Hasher, clone_file, copy_range, hash_range, labelled, new_hasher
+from regraft.core.tensors import LazyTensor, check_rows, row_chunks
+from regraft.core.transfer import Hasher, clone_file, copy_range, hash_range, labelled, new_hasher, preallocate
 
 if TYPE_CHECKING:
     import torch
@@ -76,29 +76,30 @@ class Writer:
         self._lock = threading.Lock()
         self._whole = threading.Lock()
         self._stop = threading.Event()
-        self._outputs: list[_Output] = []
+        self._outputs: list[OutputFile] = []
+        self._counts: dict[str, NonFinite] = {}
 
     def write(self, layout: Layout) -> WriteReport:
         """Write every shard.
 
         Raises:
-            ResourceError: the disk is full, or the target cannot be written or linked.
+            ResourceError: the disk is full, the target cannot be written or linked, or memory is short.
             TransformationError: a step computes NaN or Inf from finite numbers.
+            PluginError: an operation fails, or computes another shape than its edit says.
             InputError: an input cannot be read.
         """
         computes = any(tensor.raw is None for shard in layout.shards for tensor in shard.tensors)
         with (
-            _resources(self.folder),
+            resources(self.folder),
             _single_threaded_torch(computes),
             ThreadPoolExecutor(self.options.threads) as pool,
         ):
-            pending = []
-            for shard in layout.shards:
-                pending += [pool.submit(self._guarded, job) for job in self._jobs(shard)]
             try:
+                pending = [pool.submit(self._guarded, job) for shard in layout.shards for job in self._jobs(shard)]
                 done, _ = wait(pending, return_when=FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
+                for future in pending:
+                    if future in done:
+                        future.result()
             except BaseException:
                 self._stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -106,105 +107,109 @@ class Writer:
             finally:
                 for output in self._outputs:
                     output.close()
+        self._sort_report(layout)
         return self.report
 
     def _guarded(self, job: Callable[[], None]) -> None:
-        if not self._stop.is_set():
+        if self._stop.is_set():
+            return
+        try:
             job()
+        except BaseException:
+            self._stop.set()
+            raise
 
     def _jobs(self, shard: Shard) -> Iterator[Callable[[], None]]:
         path = self.folder / shard.name
         if shard.source is not None:
             yield lambda: self._whole_file(shard, path)
             return
-        file = _Output(path, shard, self.options.durable)
+        file = OutputFile(path, shard, durable=self.options.durable)
         self._outputs.append(file)
+        if not shard.tensors:
+            yield file.done
         for tensor, offset in shard.offsets():
             yield lambda tensor=tensor, offset=offset: self._tensor(tensor, file, offset)  # type: ignore[misc]
 
     def _whole_file(self, shard: Shard, path: Path) -> None:
         assert shard.source is not None
         if self.options.link:
-            _link(shard.source, path)
+            link(shard.source, path)
             self._account(linked_bytes=shard.nbytes)
             self.report.digests.update({tensor.spec.name: None for tensor in shard.tensors})
             return
-        algorithm = self.options.digest
-        source, target = os.open(shard.source, os.O_RDONLY), _create(path)
-        try:
+        with reading(shard.source) as source, creating(path) as target:
             cloned = clone_file(source, target)
             ranges = list(shard.offsets())
             if not cloned:
-                os.posix_fallocate(target, 0, shard.nbytes)
-                copy_range(source, target, 0, 0, ranges[0][1])
+                preallocate(target, shard.nbytes)
+                copy_range(source, target, 0, 0, ranges[0][1], where=shard.source)
             for tensor, offset in ranges:
-                hasher = None if algorithm == "none" else new_hasher(algorithm)
+                if self._stop.is_set():
+                    return
+                hasher, nbytes = self._new_hasher(), tensor.spec.nbytes
                 if not cloned:
-                    copy_range(source, target, offset, offset, tensor.spec.nbytes, hasher)
+                    copy_range(source, target, offset, offset, nbytes, hasher, where=shard.source)
                 elif hasher:
-                    hash_range(source, offset, tensor.spec.nbytes, hasher)
+                    hash_range(source, offset, nbytes, hasher, where=shard.source)
                 self._record(tensor, hasher, copied=True)
             if self.options.durable:
                 os.fsync(target)
-        finally:
-            os.close(source)
-            os.close(target)
 
-    def _tensor(self, tensor: LazyTensor, file: _Output, offset: int) -> None:
-        hasher = None if self.options.digest == "none" else new_hasher(self.options.digest)
-        raw = tensor.raw
+    def _tensor(self, tensor: LazyTensor, file: OutputFile, offset: int) -> None:
+        hasher, raw = self._new_hasher(), tensor.raw
         if raw is not None:
-            source = os.open(raw.path, os.O_RDONLY)
-            try:
-                copy_range(source, file.descriptor, raw.offset, offset, raw.nbytes, hasher)
-            finally:
-                os.close(source)
+            with reading(raw.path) as source:
+                copy_range(source, file.open(), raw.offset, offset, raw.nbytes, hasher, where=raw.path)
         elif tensor.row_local:
             self._compute(tensor, file, offset, hasher, row_chunks(tensor.spec))
         else:
             with self._whole:
                 self._compute(tensor, file, offset, hasher, iter([(0, tensor.spec.rows)]))
+        if self._stop.is_set():
+            return
         self._record(tensor, hasher, copied=raw is not None)
         file.done()
 
     def _compute(
-        self, tensor: LazyTensor, file: _Output, offset: int, hasher: Hasher | None, chunks: Iterator[tuple[int, int]]
+        self,
+        tensor: LazyTensor,
+        file: OutputFile,
+        offset: int,
+        hasher: Hasher | None,
+        chunks: Iterator[tuple[int, int]],
     ) -> None:
         import torch
 
         spec, device = tensor.spec, self.options.device
-        dtype, on_gpu = torch_dtype(spec.dtype), device.startswith("cuda")
+        dtype = torch_dtype(spec.dtype)
         with torch.inference_mode(), _stream(device) as stream:
-            read = tensor.open(device)
+            with _blaming(spec.name):
+                read = tensor.open(device)
             for start, stop in chunks:
                 if self._stop.is_set():
                     return
-                rows = read(start, stop)
                 place = offset + start * spec.row_bytes
-                buffer = phased_empty(rows.numel() * rows.element_size(), place, pinned=on_gpu)
-                buffer.view(dtype).view(rows.shape).copy_(rows, non_blocking=on_gpu)
-                if stream is not None:
-                    stream.synchronize()
-                values = buffer.view(dtype)
-                if not looks_finite(values):
-                    self._non_finite(tensor, values)
-                write_from(file.descriptor, buffer, place)
+                with _blaming(spec.name):
+                    rows = check_rows(spec, read(start, stop), stop - start)
+                    buffer = _to_host(rows, dtype, place, stream)
+                if not looks_finite(buffer.view(dtype)):
+                    self._non_finite(tensor, buffer.view(dtype), start, stop)
+                write_from(file.open(), buffer, place)
                 if hasher is not None:
-                    hasher.update(memoryview(buffer.numpy()))
+                    hasher.update(buffer.numpy().data)
                 self._progress(len(buffer))
         self._hash_inputs(tensor)
 
-    def _non_finite(self, tensor: LazyTensor, values: torch.Tensor) -> None:
-        """NaN or Inf in an output: counted if an input has them too, refused if the step made them."""
-        output = count_non_finite(values)
-        read = {name: count_non_finite(leaf.load()) for name, leaf in _leaves(tensor).items()}
-        guilty = {name: found for name, found in read.items() if found}
+    def _non_finite(self, tensor: LazyTensor, values: torch.Tensor, start: int, stop: int) -> None:
+        """NaN or Inf in rows start..stop of an output: counted if an input has them, refused if the step made them."""
+        guilty = self._guilty_inputs(tensor, start, stop)
         if not guilty:
             raise TransformationError(
                 "the result is not finite",
                 where=tensor.spec.name,
                 expected="finite numbers",
-                found=f"{output} in {tensor.spec.dtype}",
+                found=f"{count_non_finite(values)} in {tensor.spec.dtype}",
                 remedy="use a wider [output] dtype, or correct the step's parameters",
             )
         if self.options.strict:
@@ -219,22 +224,34 @@ class Writer:
         with self._lock:
             self.report.non_finite.update(guilty)
 
+    def _guilty_inputs(self, tensor: LazyTensor, start: int, stop: int) -> dict[str, NonFinite]:
+        """Counts in the stored tensors that can have spoilt rows start..stop; where rows correspond, only in these."""
+        found = {}
+        for name, leaf in leaves(tensor).items():
+            aligned = tensor.row_local and leaf.row_local and leaf.spec.rows == tensor.spec.rows
+            if aligned and looks_finite(leaf.open()(start, stop)):
+                continue
+            if name not in self._counts:
+                self._counts[name] = count_in(leaf)
+            if count := self._counts[name]:
+                found[name] = count
+        return found
+
     def _hash_inputs(self, tensor: LazyTensor) -> None:
         """Digest the stored tensors that an output was computed from; they are warm in the page cache."""
-        if self.options.digest == "none":
-            return
-        for name, leaf in _leaves(tensor).items():
-            raw = leaf.raw
-            if raw is None or name in self.report.input_digests:
-                continue
-            hasher = new_hasher(self.options.digest)
-            source = os.open(raw.path, os.O_RDONLY)
-            try:
-                hash_range(source, raw.offset, raw.nbytes, hasher)
-            finally:
-                os.close(source)
+        for name, leaf in leaves(tensor).items():
+            raw, hasher = leaf.raw, self._new_hasher()
+            with self._lock:
+                if raw is None or hasher is None or name in self.report.input_digests:
+                    continue
+                self.report.input_digests[name] = None
+            with reading(raw.path) as source:
+                hash_range(source, raw.offset, raw.nbytes, hasher, where=raw.path)
             with self._lock:
                 self.report.input_digests[name] = labelled(self.options.digest, hasher)
+
+    def _new_hasher(self) -> Hasher | None:
+        return None if self.options.digest == "none" else new_hasher(self.options.digest)
 
     def _record(self, tensor: LazyTensor, hasher: Hasher | None, *, copied: bool) -> None:
         digest = None if hasher is None else labelled(self.options.digest, hasher)
@@ -251,73 +268,49 @@ class Writer:
             for name, count in nbytes.items():
                 setattr(self.report, name, getattr(self.report, name) + count)
 
-
-class _Output:
-    """An output file that is open while its tensors are being written, and flushed and closed after the last one."""
-
-    def __init__(self, path: Path, shard: Shard, durable: bool) -> None:
-        self.descriptor = _create(path)
-        self._durable = durable
-        self._left = len(shard.tensors)
-        self._lock = threading.Lock()
-        self._open = True
-        os.posix_fallocate(self.descriptor, 0, shard.nbytes)
-        os.pwrite(self.descriptor, shard.header, 0)
-
-    def done(self) -> None:
-        with self._lock:
-            self._left -= 1
-            last = self._left == 0
-        if last:
-            if self._durable:
-                os.fsync(self.descriptor)
-            self.close()
-
-    def close(self) -> None:
-        with self._lock:
-            if self._open:
-                os.close(self.descriptor)
-            self._open = False
+    def _sort_report(self, layout: Layout) -> None:
+        """The order of the layout and of names, whichever worker was first."""
+        digests = self.report.digests
+        self.report.digests = {name: digests[name] for name in specs_of(layout)}
+        self.report.input_digests = dict(sorted(self.report.input_digests.items()))
+        self.report.non_finite = dict(sorted(self.report.non_finite.items()))
 
 
-def _leaves(tensor: LazyTensor) -> Mapping[str, LazyTensor]:
-    """The tensors at the bottom of a computed tensor, by name."""
-    if not isinstance(tensor, ComputedTensor):
-        return {tensor.spec.name: tensor}
-    return {name: leaf for source in tensor.sources for name, leaf in _leaves(source).items()}
-
-
-def _create(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-
-
-def _link(source: Path, path: Path) -> None:
-    try:
-        os.link(source.resolve(), path)
-    except OSError as error:
-        raise ResourceError(
-            f"cannot be linked: {error.strerror}",
-            where=path,
-            expected="base and target on one file system",
-            remedy="run without --link",
-        ) from None
+def _to_host(rows: torch.Tensor, dtype: torch.dtype, place: int, stream: torch.cuda.Stream | None) -> torch.Tensor:
+    """The bytes of `rows` in host memory, in phase with the place in the file where they go."""
+    nbytes = rows.numel() * dtype.itemsize
+    buffer = phased_empty(nbytes, place, pinned=stream is not None)
+    buffer.view(dtype).view(rows.shape).copy_(rows, non_blocking=stream is not None)
+    if stream is not None:
+        stream.synchronize()
+    return buffer
 
 
 @contextmanager
-def _resources(folder: Path) -> Iterator[None]:
-    """Turn what the operating system says of the target into words."""
+def _blaming(name: str) -> Iterator[None]:
+    """Name the tensor whose operation failed.
+
+    Raises:
+        ResourceError: memory is short.
+        PluginError: anything else that is not an error of ours.
+    """
     try:
         yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = (
-            "free some space, or choose another [output] path" if full else "check the target's file system and rights"
-        )
-        raise ResourceError(
-            "the disk is full" if full else f"cannot be written: {error.strerror}",
-            where=folder.parent.parent,
-            remedy=remedy,
-        ) from None
+    except RegraftError:
+        raise
+    except Exception as error:
+        if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+            raise ResourceError(
+                "not enough memory to compute a tensor",
+                where=name,
+                found=str(error).splitlines()[0] if str(error) else None,
+                remedy="use fewer --threads, another --device, or a machine with more memory",
+            ) from error
+        raise PluginError(
+            f"an operation failed: {type(error).__name__}: {error}",
+            where=name,
+            remedy="run again with --traceback and report it to the author of the step's plugin",
+        ) from error
 
 
 @contextmanager
@@ -344,6 +337,6 @@ def _stream(device: str) -> Iterator[torch.cuda.Stream | None]:
         return
     import torch
 
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         yield stream
