@@ -9,6 +9,7 @@ importing triton costs 70 MB and 0.13 s that a machine without CUDA has no use f
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Literal
 
@@ -94,16 +95,18 @@ def _blocked(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scal
     step = min(rows, max(2, BLOCK_ELEMENTS // max(1, cols)))
     out = torch.empty_like(weight, memory_format=torch.contiguous_format)
     product, sums = (torch.empty(step, cols, dtype=wide) for _ in range(2))
+    fused = scale >= 1.0 and math.frexp(scale)[0] == 0.5
     for start in range(0, rows, step):
         block = slice(start, start + step)
         part = weight[block]
         total = _matmul(left[block], right, product[: len(part)])
-        if scale != 1.0:
+        if not fused:
             total.mul_(scale)
+        alpha = scale if fused else 1.0  # a power of two rounds nothing, so it may go into the sum
         if weight.dtype == wide:
-            torch.add(part, total, out=out[block])
+            torch.add(part, total, alpha=alpha, out=out[block])
         else:
-            out[block] = sums[: len(part)].copy_(part).add_(total)
+            out[block] = sums[: len(part)].copy_(part).add_(total, alpha=alpha)
     return out
 
 
