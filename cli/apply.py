@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from regraft.cli.console import event, human_bytes, print_json, progress, tell
-from regraft.cli.options import Json, RecipeName, Set, Threads, target_of, validated
+from regraft.cli.options import DEPTHS, Json, RecipeName, Set, Threads, target_of, validated
 
 if TYPE_CHECKING:
     from regraft.core.execute import ApplyReport
@@ -41,8 +41,8 @@ def apply(
     from regraft.core.execute import apply as run
     from regraft.core.host import host
 
-    if verify not in (None, "structure", "load", "forward"):
-        raise UsageError("unknown depth", where="--verify", expected="structure, load or forward", found=verify)
+    if verify not in (None, *DEPTHS):
+        raise UsageError("unknown depth", where="--verify", expected=" or ".join(DEPTHS), found=verify)
     parsed = validated(recipe, overrides)
     target = target_of(parsed, output)
     options = ApplyOptions(device, threads, force, link, durable, strict, verify, save_patches)
@@ -105,5 +105,4 @@ def _print(report: ApplyReport) -> None:
 
 
 def _trust(report: ApplyReport) -> str:
-    code = any("auto_map" in patch.json.get("config.json", {}) for patch in report.patches)
-    return ", trust_remote_code=True" if code else ""
+    return ", trust_remote_code=True" if "auto_map" in report.plan.result.config else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,8 +19,17 @@ INTERRUPTED = 130
 
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """One JSON object on stdout."""
-    print(json.dumps({"schema": JSON_SCHEMA, **document}, indent=2, ensure_ascii=False, default=str))
+    """One JSON object on stdout; JSON has no NaN and no infinity, so these become strings."""
+    document = _finite({"schema": JSON_SCHEMA, **document})
+    print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False, default=str))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def tell(line: str) -> None:

@@ -26,8 +26,8 @@ def diff(
 ) -> None:
     """Compare two checkpoints: tensors, config, tokenizer, files. Exit code 1 if they differ."""
     from regraft.core.diff import compare_checkpoints
-    from regraft.core.execute import worker_count
     from regraft.core.host import host
+    from regraft.core.requirements import worker_count
     from regraft.core.sources import open_checkpoint
 
     extra = host().sources()

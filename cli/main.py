@@ -14,7 +14,9 @@ from regraft.cli import apply, check, diff, inspect, plan, plugins, recipes, sch
 from regraft.cli.console import fail, interrupted
 from regraft.core.errors import UsageError
 
-_CommandLineError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+_CommandLineError: type[Exception] = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
+)
 """The base of typer's own errors: click's, or that of the copy of click which newer releases of typer bring."""
 
 

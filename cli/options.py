@@ -21,6 +21,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Threads = Annotated[
     int, typer.Option(min=0, help="Workers; 0 means one for each processor, at most 4. The bytes do not depend on it.")
 ]
+DEPTHS = ("structure", "load", "forward")
+"""How deeply a checkpoint can be verified."""
+
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 
 

@@ -24,13 +24,16 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what a recipe would do: tensors, sizes, memory, disk. Refuses what apply would refuse."""
-    from regraft.core.execute import ApplyOptions, check_resources, disk_bytes, prepare
+    from regraft.core.execute import ApplyOptions, inputs_of, prepare
     from regraft.core.host import host
+    from regraft.core.requirements import check_resources, disk_bytes
+    from regraft.core.workspace import check_target
 
     parsed = validated(recipe, overrides)
     made, findings = prepare(parsed, host(), ApplyOptions(threads=threads, link=link))
     target = output or parsed.output.path
     if target is not None:
+        check_target(target, force=True, inputs=tuple(inputs_of(made)))
         check_resources(made, target, link=link)
     document = as_document(made, disk_bytes(made, link=link))
     if as_json:

@@ -35,11 +35,15 @@ def list_(as_json: Json = False) -> None:
 
 
 @app.command()
-def show(name: Name) -> None:
+def show(name: Name, as_json: Json = False) -> None:
     """Print a shipped recipe."""
     from regraft.core.recipe.shipped import shipped_text
 
-    print(shipped_text(name), end="")
+    text = shipped_text(name)
+    if as_json:
+        print_json({"name": name, "text": text})
+    else:
+        print(text, end="")
 
 
 @app.command()
@@ -47,17 +51,24 @@ def copy(
     name: Name,
     target: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Where to; default NAME.toml here.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Copy a shipped recipe, to be changed."""
-    from regraft.core.errors import UsageError
+    from regraft.core.errors import ResourceError, UsageError
     from regraft.core.recipe.shipped import shipped_text
 
     text = shipped_text(name)
     path = target or Path(f"{name}.toml")
     if path.exists() and not force:
         raise UsageError("the file exists already", where=path, remedy="choose another name, or give --force")
-    path.write_text(text)
-    print(path)
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ResourceError(f"cannot be written: {error.strerror}", where=path, remedy="choose another place") from None
+    if as_json:
+        print_json({"path": str(path)})
+    else:
+        print(path)
 
 
 def _summary(text: str) -> str:

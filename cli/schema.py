@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Annotated
+
+import typer
 
 
-def schema() -> None:
+def schema(
+    as_json: Annotated[bool, typer.Option("--json", help="Changes nothing: a schema is JSON.")] = False,
+) -> None:
     """Print the JSON Schema of recipes, with the parameters of every installed plugin."""
     from regraft.core.host import host
     from regraft.core.recipe.schema import recipe_schema

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from regraft.cli.console import print_json
-from regraft.cli.options import Json
+from regraft.cli.options import DEPTHS, Json
+
+if TYPE_CHECKING:
+    from regraft.core.verify.folder import VerifyReport
 
 
 def verify(
@@ -21,40 +24,38 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Verify a checkpoint: headers, config against tensors, tokenizer, digests of the lock file."""
-    from regraft.core.errors import InputError, UsageError, VerificationError
+    from regraft.core.errors import UsageError, VerificationError
     from regraft.core.host import host
-    from regraft.core.sources.folder import open_folder
-    from regraft.core.sources.open import dequantised
-    from regraft.core.verify import Finding, check_structure
-    from regraft.core.verify.lock import check_lock, scan_values
+    from regraft.core.verify.folder import verify_folder
 
-    if depth not in ("structure", "load", "forward"):
-        raise UsageError("unknown depth", where="--depth", expected="structure, load or forward", found=depth)
-    if not folder.is_dir():
-        raise InputError("there is no such folder", where=folder, expected="a checkpoint folder")
-    checkpoint = open_folder(folder, label=str(folder))
-    findings = check_structure(dequantised(checkpoint), host().architectures())
-    from_lock, agreed = check_lock(folder, checkpoint)
-    findings += from_lock
-    if deep:
-        bad = scan_values(checkpoint)
-        findings += [
-            Finding("the tensor is not finite", f"{folder}: {name}", found=str(count)) for name, count in bad.items()
-        ]
-    report: dict[str, Any] = {"checkpoint": str(folder), "depth": depth, "deep": deep, "digests_that_agree": agreed}
-    if depth != "structure":
-        from regraft.core.verify.load import verify_load
-
-        report["stock"] = verify_load(folder, depth, trust=trust_remote_code)  # type: ignore[arg-type]
-    fatal = [finding for finding in findings if finding.fatal]
+    if depth not in DEPTHS:
+        raise UsageError("unknown depth", where="--depth", expected=" or ".join(DEPTHS), found=depth)
+    report = verify_folder(folder, host().architectures(), depth=cast(Any, depth), deep=deep, trust=trust_remote_code)
     if as_json:
-        print_json({**report, "ok": not fatal, "findings": [vars(finding) for finding in findings]})
+        print_json(as_document(report, depth, deep=deep))
     else:
-        for finding in findings:
-            print(f"{'fault' if finding.fatal else 'note'}: {finding}")
-    if fatal:
+        _print(report)
+    if faults := report.faults:
         raise VerificationError(
-            f"{len(fatal)} faults", where=folder, remedy="write the checkpoint again, or fetch it again"
+            f"{len(faults)} {'fault' if len(faults) == 1 else 'faults'}", where=folder, remedy=faults[0].remedy or None
         )
-    if not as_json:
-        print(f"{folder}: {len(checkpoint.tensors)} tensors, {agreed} digests agree, no faults")
+
+
+def as_document(report: VerifyReport, depth: str, *, deep: bool) -> dict[str, Any]:
+    """The report as a JSON object."""
+    return {
+        "checkpoint": str(report.folder),
+        "depth": depth,
+        "deep": deep,
+        "ok": not report.faults,
+        "digests_that_agree": report.agreeing,
+        "findings": [vars(finding) for finding in report.findings],
+        "stock": dict(report.stock),
+    }
+
+
+def _print(report: VerifyReport) -> None:
+    for finding in report.findings:
+        print(f"{'fault' if finding.fatal else 'note'}: {finding}")
+    if not report.faults:
+        print(f"{report.folder}: {report.tensors} tensors, {report.agreeing} digests agree, no faults")

@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
 from regraft.core.errors import ResourceError, UsageError
+
+_FORM = re.compile(r"auto|cpu|cuda(:[0-9]{1,4})?")
+
+
+def check_device(wish: str) -> None:
+    """Refuse what names no device; whether there is such a one, `resolve_device` tells.
+
+    Raises:
+        UsageError: no such form.
+    """
+    if not _FORM.fullmatch(wish):
+        expected = "auto, cpu, cuda or cuda:N"
+        raise UsageError("unknown device", where="--device", expected=expected, found=wish, remedy="name one of these")
 
 
 def resolve_device(wish: str) -> str:
@@ -12,22 +27,21 @@ def resolve_device(wish: str) -> str:
         UsageError: no such form.
         ResourceError: there is no such device.
     """
+    check_device(wish)
     if wish == "cpu":
         return "cpu"
-    kind, _, number = wish.partition(":")
-    if wish != "auto" and (kind != "cuda" or (number and not number.isdigit()) or wish.endswith(":")):
-        raise UsageError("unknown device", where="--device", expected="auto, cpu, cuda or cuda:N", found=wish)
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wish == "auto":
         return "cuda:0" if count else "cpu"
+    number = wish.partition(":")[2]
     if int(number or 0) >= count:
         raise ResourceError(
             "there is no such device",
             where="--device",
             expected=wish,
-            found=f"{count} CUDA devices",
+            found=f"{count} CUDA devices" if count != 1 else "cuda:0 alone",
             remedy="use --device cpu",
         )
     return f"cuda:{int(number or 0)}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from regraft.core.buffers import CHUNK_BYTES
 from regraft.core.cast import cast_patch
 from regraft.core.checkpoint import Checkpoint
-from regraft.core.host import Host
+from regraft.core.errors import PluginError, RegraftError, ResourceError
+from regraft.core.host import Host, PluginInfo
 from regraft.core.layout import Layout, lay_out
 from regraft.core.patch import Outline, Patch, overlay, promise
 from regraft.core.sources import open_checkpoint
@@ -30,12 +32,13 @@ _INTERPRETER_RSS_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """One step with the transformation that does it and what that one promises."""
+    """One step with the transformation that does it, what that one promises, and the plugin that brings it."""
 
     id: str
     transformation: AnyTransformation
     params: Any
     outline: Outline
+    plugin: PluginInfo
 
 
 @dataclass(frozen=True)
@@ -110,10 +113,47 @@ def make_plan(recipe: Recipe, host: Host, *, threads: int) -> Plan:
 
 
 def plan_step(step: Step, checkpoint: Checkpoint, host: Host) -> PlannedStep:
-    """Check one step against the checkpoint below it, and outline it."""
-    transformation = host.transformations()[step.use]()
-    transformation.check(checkpoint, step.params)
-    return PlannedStep(step.id, transformation, step.params, transformation.plan(checkpoint, step.params))
+    """Check one step against the checkpoint below it, and outline it.
+
+    Raises:
+        RegraftError: what the transformation says.
+        PluginError: it raised anything else.
+    """
+    with blaming(step.id):
+        transformation = host.transformations()[step.use]()
+        transformation.check(checkpoint, step.params)
+        outline = transformation.plan(checkpoint, step.params)
+    owner = host.owners[step.use]
+    plugin = next(info for info in host.plugins if info.name == owner)
+    return PlannedStep(step.id, transformation, step.params, outline, plugin)
+
+
+@contextmanager
+def blaming(step: str) -> Iterator[None]:
+    """Name the step whose transformation failed.
+
+    Raises:
+        ResourceError: memory is short.
+        PluginError: anything else that is not an error of ours.
+    """
+    try:
+        yield
+    except RegraftError:
+        raise
+    except Exception as error:
+        where, text = f"step {step}", str(error)
+        if isinstance(error, MemoryError) or "out of memory" in text:
+            raise ResourceError(
+                "not enough memory for the step",
+                where=where,
+                found=text.splitlines()[0] if text else None,
+                remedy="use another --device, or a machine with more memory",
+            ) from error
+        raise PluginError(
+            f"the transformation failed: {type(error).__name__}: {text}",
+            where=where,
+            remedy="run again with --traceback and report it to the plugin's author",
+        ) from error
 
 
 def output_patches(recipe: Recipe, checkpoint: Checkpoint, host: Host) -> list[tuple[str, Patch]]:
@@ -168,18 +208,19 @@ def _whole_bytes(tensor: LazyTensor) -> int:
 def compare(before: Checkpoint, after: Checkpoint) -> dict[str, tuple[str, ...]]:
     """Tensor names by what happens to them: copied, rewritten, added, dropped. A rename is copied."""
     changes: dict[str, list[str]] = {"copied": [], "rewritten": [], "added": [], "dropped": []}
-    stored = {_place(tensor) for tensor in before.tensors.values()} - {None}
+    stored = {place_of(tensor) for tensor in before.tensors.values()} - {None}
     for name, tensor in after.tensors.items():
-        moved = tensor.raw is not None and _place(tensor) in stored
+        moved = tensor.raw is not None and place_of(tensor) in stored
         kind = "copied" if moved else "rewritten" if name in before.tensors else "added"
         changes[kind].append(name)
-    kept = {_place(tensor) for tensor in after.tensors.values()}
+    kept = {place_of(tensor) for tensor in after.tensors.values()}
     for name, tensor in before.tensors.items():
-        if name not in after.tensors and (tensor.raw is None or _place(tensor) not in kept):
+        if name not in after.tensors and (tensor.raw is None or place_of(tensor) not in kept):
             changes["dropped"].append(name)
     return {kind: tuple(names) for kind, names in changes.items()}
 
 
-def _place(tensor: LazyTensor) -> tuple[Path, int] | None:
+def place_of(tensor: LazyTensor) -> tuple[Path, int] | None:
+    """Where the bytes of a tensor stand, if they stand anywhere."""
     raw = tensor.raw
     return None if raw is None else (raw.path, raw.offset)

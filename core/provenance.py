@@ -4,55 +4,80 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from regraft.core.buffers import unreadable
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.layout import Layout
 from regraft.core.patch import Patch
-from regraft.core.plan import Plan, PlannedStep
-from regraft.core.sources.folder import LOCK
+from regraft.core.plan import BASE_CARD, Plan, PlannedStep, place_of
+from regraft.core.sources.folder import CARD, LOCK
 from regraft.core.writer import WriteReport
 
+if TYPE_CHECKING:
+    from regraft.core.recipe.model import Recipe
+
 LOCK_SCHEMA = 1
+_MATTER = re.compile(r"---\n(.*?\n)---\n", re.DOTALL)
+_INHERITED = re.compile(r"^(?:license|license_name|license_link|pipeline_tag): *[\w./:-]+$", re.MULTILINE)
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "triton", "bitsandbytes", "gguf")
 
 
 def lock_document(
-    plan: Plan, patches: Sequence[Patch], written: WriteReport, output: Path, device: str
+    plan: Plan, patches: Sequence[Patch], layout: Layout, written: WriteReport, output: Path, device: str
 ) -> dict[str, Any]:
     """The lock file of a finished run.
 
     Args:
         plan: what was planned.
         patches: what each step returned.
+        layout: the weight files as written.
         written: digests that the writer took.
         output: the folder as written, whose other files are hashed here.
         device: class of device that computed, `cpu` or `cuda`.
     """
-    weights = set(plan.layout.files)
+    weights = {shard.name for shard in layout.shards}
+    recipe = portable_recipe(plan.recipe)
     return {
         "schema": LOCK_SCHEMA,
         "regraft": package_version("regraft"),
-        "recipe": plan.recipe.resolved(),
-        "base": _base(plan, written),
+        "recipe": recipe,
+        "base": _base(plan, recipe, written),
         "steps": [_step(step, patch) for step, patch in zip(plan.steps, patches, strict=True)],
         "output": {
-            "tensors": _tensors(plan.layout, written),
-            "files": {
-                path.relative_to(output).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-                for path in sorted(output.rglob("*"))
-                if path.is_file() and path.name not in weights and path.name != LOCK
-            },
+            "tensors": _tensors(layout, written),
+            "files": _files(output, weights | {LOCK}),
             "left_behind": dict(sorted(plan.result.left_behind.items())),
         },
         "non_finite_inputs": {name: vars(count) for name, count in sorted(written.non_finite.items())},
         "environment": environment(device),
     }
+
+
+def portable_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe without what only this machine and this run know: where the output went, and the folders
+    above inputs that were named by an absolute path. Digests tell which inputs they were.
+    """
+    resolved = recipe.resolved()
+    resolved["output"].pop("path", None)
+    named: dict[str, Any] = _without_folders(resolved)
+    return named
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    if isinstance(value, str) and value.startswith("/") and (path := Path(value)).exists():
+        return path.name or value
+    return value
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -75,17 +100,35 @@ def package_version(name: str) -> str | None:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
-def _base(plan: Plan, written: WriteReport) -> dict[str, Any]:
+def _files(output: Path, without: set[str]) -> dict[str, dict[str, Any]]:
+    names = {path.relative_to(output).as_posix(): path for path in sorted(output.rglob("*")) if path.is_file()}
+    return {
+        name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for name, path in names.items()
+        if name not in without
+    }
+
+
+def _base(plan: Plan, recipe: Mapping[str, Any], written: WriteReport) -> dict[str, Any]:
+    """What went in: digests of the tensors that were copied, perhaps to another name, and of those that were read."""
     base = plan.base
-    copied = {name: written.digests.get(name) for name in plan.changes["copied"]}
+    names = {place_of(tensor): name for name, tensor in base.tensors.items()}
+    copied = {names[place_of(plan.result.tensors[new])]: written.digests.get(new) for new in plan.changes["copied"]}
     inputs = {**copied, **written.input_digests}
     return {
-        "model": plan.recipe.resolved()["base"]["model"],
+        "model": recipe["base"]["model"],
         **base.origin,
         "digest": base.digest,
         "tensors": {name: inputs[name] for name in base.specs if inputs.get(name)},
@@ -98,8 +141,8 @@ def _step(step: PlannedStep, patch: Patch) -> dict[str, Any]:
         "id": step.id,
         "use": kind.name,
         "version": kind.version,
-        "plugin": kind.__module__.split(".")[0],
-        "plugin_version": package_version(kind.__module__.split(".")[0]),
+        "plugin": step.plugin.distribution,
+        "plugin_version": step.plugin.version,
         "data": data_digests(step.params),
         "metrics": dict(patch.metrics),
         "notes": list(patch.notes),
@@ -134,23 +177,35 @@ def _tensors(layout: Layout, written: WriteReport) -> dict[str, Any]:
 
 def model_card(plan: Plan, patches: Sequence[Patch], result: Checkpoint) -> bytes:
     """README.md of the output: front matter that hubs read, then what was done in which order."""
-    base, recipe = plan.recipe.base, plan.recipe
-    front = ["---", "library_name: transformers", "tags:", "- regraft"]
-    if plan.base.origin.get("source") == "hub":
-        front += [f"base_model: {base.model}"]
-    lines = [*front, "---", "", f"# {recipe.name}", "", f"Written by regraft from `{base.model}`."]
+    model = portable_recipe(plan.recipe)["base"]["model"]
+    lines = [*_front_matter(plan), "", f"# {plan.recipe.name}", "", f"Written by regraft from `{model}`."]
     lines += ["", "| step | transformation | source |", "|---|---|---|"]
     lines += [
         f"| {step.id} | {step.transformation.summary} | {step.transformation.paper or '-'} |" for step in plan.steps
     ]
     for step, patch in zip(plan.steps, patches, strict=True):
         lines += _step_section(step, patch)
-    needs_code = any("auto_map" in patch.json.get("config.json", {}) for patch in patches)
-    lines += ["", "## Use", "", *_usage(needs_code)]
-    if "README.base.md" in result.files:
-        lines += ["", "The card of the base is in `README.base.md`; its licence applies."]
+    lines += ["", "## Use", "", *_usage("auto_map" in result.config)]
+    if BASE_CARD in result.files:
+        lines += ["", f"The card of the base is in `{BASE_CARD}`; its licence applies."]
     lines += ["", f"Every digest, version and parameter is in `{LOCK}`; `regraft verify` recomputes them."]
     return ("\n".join(lines) + "\n").encode()
+
+
+def _front_matter(plan: Plan) -> list[str]:
+    """What hubs read of a model card; the licence and the kind of model are the base's."""
+    front = ["---", "library_name: transformers", "tags:", "- regraft"]
+    if plan.base.origin.get("source") == "hub":
+        front.append(f"base_model: {plan.recipe.base.model}")
+    card = plan.base.files.get(CARD)
+    inherited = _INHERITED.findall(_matter(card.read())) if card else []
+    return [*front, *inherited, "---"]
+
+
+def _matter(card: bytes) -> str:
+    """The front matter of a model card; empty if it has none."""
+    match = _MATTER.match(card.decode("utf-8", "replace").replace("\r\n", "\n"))
+    return match[1] if match else ""
 
 
 def _step_section(step: PlannedStep, patch: Patch) -> list[str]:

@@ -15,33 +15,46 @@ from regraft.core.verify import stock_load
 Depth = Literal["structure", "load", "forward"]
 _TIMEOUT_SECONDS = 1800
 _IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+_MESSAGES = {
+    "missing_keys": "stock transformers misses tensors",
+    "unexpected_keys": "stock transformers does not know tensors",
+    "mismatched_keys": "stock transformers expects other shapes",
+}
 
 
-def verify_load(folder: Path, depth: Literal["load", "forward"], *, trust: bool) -> dict[str, Any]:
+def verify_load(
+    folder: Path, depth: Literal["load", "forward"], *, trust: bool, label: str | None = None
+) -> dict[str, Any]:
     """Load `folder` in a fresh process by stock transformers, without regraft; run one batch if `depth` is `forward`.
 
     Args:
         folder: a checkpoint folder.
         depth: how deep.
         trust: whether code inside the folder may run: only code that regraft wrote, or that the recipe trusts.
+        label: how messages name it; the folder if None.
 
     Raises:
         VerificationError: it does not load, a key is missing, unknown or of another shape, or logits are not finite.
     """
-    report = _run(folder, depth, trust)
+    report, where = _run(folder, depth, trust), label or str(folder)
     if "error" in report:
-        raise VerificationError("stock transformers cannot load the output", where=folder.name, found=report["error"])
-    for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        raise VerificationError(
+            "stock transformers cannot load it", where=where, found=report["error"], remedy="see what it says"
+        )
+    for key, message in _MESSAGES.items():
         names = [name for name in report[key] if not name.endswith(_IGNORED)]
         if names:
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             raise VerificationError(
-                f"stock transformers reports {key.replace('_', ' ')}",
-                where=folder.name,
-                expected="none",
-                found=", ".join(names[:5]),
+                message, where=where, expected="the tensors of its class", found=shown, remedy="check config.json"
             )
     if depth == "forward" and not report["finite"]:
-        raise VerificationError("the logits are not finite", where=folder.name)
+        raise VerificationError(
+            "the logits are not finite",
+            where=where,
+            expected="finite numbers",
+            remedy="scan the weights with `regraft verify --deep`",
+        )
     return report
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from regraft.core.architectures import Architecture, architecture_of
-from regraft.core.checkpoint import Checkpoint
+from regraft.core.buffers import reading
+from regraft.core.checkpoint import CONFIG, Checkpoint
 from regraft.core.errors import InputError, RegraftError, Unsupported
 from regraft.core.transfer import hash_range, new_hasher
+
+TOKENIZER = "tokenizer.json"
 
 _SHOWN = 3
 
@@ -25,31 +28,43 @@ class Finding:
     remedy: str = ""
     fatal: bool = True
 
+    @classmethod
+    def of(cls, error: RegraftError) -> Finding:
+        """The fatal finding that says what `error` says."""
+        return cls(error.message, error.where or "", error.expected or "", error.found or "", error.remedy or "")
+
     def __str__(self) -> str:
         """One line."""
         details = [f"expected {self.expected}"] * bool(self.expected) + [f"found {self.found}"] * bool(self.found)
         return f"{self.where}: {self.message}" + (f" ({', '.join(details)})" if details else "")
 
 
-def check_structure(checkpoint: Checkpoint, families: Sequence[Any] = ()) -> list[Finding]:
+def check_structure(checkpoint: Checkpoint, families: Sequence[Any] = (), *, vocabulary: bool = True) -> list[Finding]:
     """Everything that headers, config and tokenizer tell against each other.
 
     Args:
         checkpoint: what is checked; no weight is read, except a stored head that the config calls tied.
         families: rows of plugins for `architecture_of`.
+        vocabulary: whether to parse the tokenizer; see `same_vocabulary`.
     """
-    where = f"{checkpoint.label}: config.json"
     try:
         architecture = architecture_of(checkpoint.config, checkpoint.specs, families=families, derive=False)
     except Unsupported as error:
-        return [Finding("tensors were not compared with the config", where, found=error.message, fatal=False)]
+        message = f"tensors were not compared with the config, because {error.message}"
+        return [Finding(message, f"{checkpoint.label}: {error.where}", found=error.found or "", fatal=False)]
     except InputError as error:
-        return [Finding(error.message, where, error.expected or "", error.found or "", error.remedy or "")]
-    return [
-        *_tensors(checkpoint, architecture),
-        *_tied(checkpoint, architecture),
-        *_vocabulary(checkpoint, architecture),
-    ]
+        return [replace(Finding.of(error), where=f"{checkpoint.label}: {error.where or CONFIG}")]
+    findings = [*_tensors(checkpoint, architecture), *_tied(checkpoint, architecture)]
+    return [*findings, *_vocabulary(checkpoint, architecture)] if vocabulary else findings
+
+
+def same_vocabulary(before: Checkpoint, after: Checkpoint) -> bool:
+    """Whether tokenizer and tensors have kept their sizes, so that what was true of the tokenizer still is.
+
+    Parsing a large one costs a tenth of a second, as much as all else that `apply` does for a change of config.
+    """
+    shapes = [{name: spec.shape for name, spec in checkpoint.specs.items()} for checkpoint in (before, after)]
+    return shapes[0] == shapes[1] and before.files.get(TOKENIZER) == after.files.get(TOKENIZER)
 
 
 def raise_findings(findings: Sequence[Finding], kind: type[RegraftError]) -> None:
@@ -90,7 +105,9 @@ def _tensors(checkpoint: Checkpoint, architecture: Architecture) -> Iterator[Fin
                 f"{list(spec.shape)}",
                 "config.json and weights are of different models: fetch both again",
             )
-    extra = [name for name in checkpoint.specs if name not in expected and name != head and not _is_buffer(name)]
+    extra = [
+        name for name in checkpoint.specs if name not in expected and name != head and not architecture.ignores(name)
+    ]
     if extra:
         shown = ", ".join(extra[:_SHOWN]) + (", ..." if len(extra) > _SHOWN else "")
         yield Finding(
@@ -101,53 +118,42 @@ def _tensors(checkpoint: Checkpoint, architecture: Architecture) -> Iterator[Fin
         )
 
 
-def _is_buffer(name: str) -> bool:
-    """Buffers that older checkpoints store and every loader ignores."""
-    return name.endswith(
-        (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
-    )
-
-
 def _head(architecture: Architecture) -> str:
-    try:
-        return architecture.slot("lm_head").tensor
-    except RegraftError:
-        return "lm_head.weight"
+    """Name of the stored head; of the embedding where the head is tied and not stored."""
+    return "" if architecture.headless else architecture.slot("lm_head").tensor
 
 
 def _tied(checkpoint: Checkpoint, architecture: Architecture) -> Iterator[Finding]:
     """A tied config with a stored head: harmless only if the head is the embedding, byte for byte."""
-    head, embedding = "lm_head.weight", architecture.slot("embed_tokens").tensor
-    if not architecture.tie_word_embeddings or head not in checkpoint.specs or head == embedding:
+    head, embedding = _head(architecture), architecture.slot("embed_tokens").tensor
+    if not architecture.tie_word_embeddings or head == embedding or head not in checkpoint.specs:
         return
-    remedy = "set tie_word_embeddings to false in config.json, or remove the stored head"
-    if _digest(checkpoint, head) != _digest(checkpoint, embedding):
+    if _digest(checkpoint, head) == _digest(checkpoint, embedding):
+        yield Finding("the tied head is stored a second time", f"{checkpoint.label}: {head}", fatal=False)
+    else:
         yield Finding(
             "the config ties the head to the embedding, but another head is stored",
             f"{checkpoint.label}: {head}",
             f"no {head}, or one equal to {embedding}",
             "a different tensor",
-            remedy,
+            "set tie_word_embeddings to false in config.json, or remove the stored head",
         )
-    else:
-        yield Finding("the tied head is stored a second time", f"{checkpoint.label}: {head}", fatal=False)
 
 
 def _digest(checkpoint: Checkpoint, name: str) -> str:
-    hasher = new_hasher("xxh3")
-    tensor = checkpoint.tensor(name)
+    hasher, tensor = new_hasher("xxh3"), checkpoint.tensor(name)
     if tensor.raw is None:
         import torch
 
-        hasher.update(memoryview(tensor.load().contiguous().view(torch.uint8).numpy()))
+        hasher.update(tensor.load().contiguous().view(torch.uint8).numpy().data)
     else:
-        with tensor.raw.path.open("rb") as file:
-            hash_range(file.fileno(), tensor.raw.offset, tensor.raw.nbytes, hasher)
+        with reading(tensor.raw.path) as descriptor:
+            hash_range(descriptor, tensor.raw.offset, tensor.raw.nbytes, hasher, where=tensor.raw.path)
     return hasher.hexdigest()
 
 
 def _vocabulary(checkpoint: Checkpoint, architecture: Architecture) -> Iterator[Finding]:
-    tokenizer = checkpoint.json("tokenizer.json")
+    tokenizer = checkpoint.json(TOKENIZER)
     ids = token_ids(tokenizer)
     embedding = checkpoint.specs.get(architecture.slot("embed_tokens").tensor)
     if not ids or embedding is None:
@@ -157,7 +163,7 @@ def _vocabulary(checkpoint: Checkpoint, architecture: Architecture) -> Iterator[
         last = max(ids, key=lambda token: ids[token])
         yield Finding(
             "the tokenizer has ids beyond the embedding's rows",
-            f"{checkpoint.label}: tokenizer.json",
+            f"{checkpoint.label}: {TOKENIZER}",
             f"ids below {embedding.shape[0]}",
             f"id {needed - 1} ({last!r})",
             "use the tokenizer that belongs to the weights, or add rows first",
@@ -173,7 +179,8 @@ def token_ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:
     else:
         pieces = vocabulary if isinstance(vocabulary, Sequence) else ()
         ids = {str(piece[0]): index for index, piece in enumerate(pieces) if isinstance(piece, Sequence) and piece}
-    for token in tokenizer.get("added_tokens") or ():
+    added = tokenizer.get("added_tokens")
+    for token in added if isinstance(added, list) else ():
         if isinstance(token, Mapping) and isinstance(token.get("id"), int) and token.get("content") not in ids:
             ids[str(token.get("content"))] = token["id"]
     return ids

@@ -1,0 +1,76 @@
+"""What a run needs of the machine, and the refusal, before anything is written, where that is not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from regraft.core.errors import ResourceError
+from regraft.core.plan import Plan
+
+_CGROUP = Path("/sys/fs/cgroup")
+_RECORDS_BYTES, _RECORD_BYTES_PER_TENSOR = 1 << 20, 512
+"""Room for lock file, model card and the folders themselves; measured: 320 bytes of lock file for a tensor."""
+
+
+def worker_count(threads: int) -> int:
+    """The number of workers that `threads` asks for."""
+    return threads if threads > 0 else min(4, len(os.sched_getaffinity(0)))
+
+
+def check_resources(plan: Plan, target: Path, *, link: bool) -> None:
+    """Refuse before anything is written when disk or memory is short.
+
+    Raises:
+        ResourceError: with what is needed and what there is.
+    """
+    parent = next(folder for folder in target.resolve().parents if folder.exists())
+    free, needed = shutil.disk_usage(parent).free, disk_bytes(plan, link=link)
+    if needed > free:
+        raise ResourceError(
+            "not enough disk space",
+            where=target,
+            expected=f"{needed} bytes free",
+            found=f"{free} bytes",
+            remedy="free some space, or choose another [output] path",
+        )
+    available = available_memory()
+    if available is not None and plan.memory_bytes > available:
+        raise ResourceError(
+            "not enough memory",
+            where=plan.base.label,
+            expected=f"{plan.memory_bytes} bytes",
+            found=f"{available} bytes available",
+            remedy="use fewer --threads, or a machine with more memory",
+        )
+
+
+def disk_bytes(plan: Plan, *, link: bool) -> int:
+    """Bytes of disk that the run needs at its peak: the whole output, less the shards that are linked."""
+    linked = sum(shard.nbytes for shard in plan.layout.shards if link and shard.source is not None)
+    return plan.output_bytes - linked + _RECORDS_BYTES + _RECORD_BYTES_PER_TENSOR * len(plan.result.tensors)
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that this process can still get, by system and control group; None if neither tells."""
+    known = [count for count in (_of_the_system(), _of_the_group()) if count is not None]
+    return min(known, default=None)
+
+
+def _of_the_system() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _of_the_group() -> int | None:
+    """What a container's limit leaves; pages of files that are not in use can be had back."""
+    try:
+        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        return max(0, int(limit) - int(used) + int(statistics["inactive_file"]))
+    except (OSError, ValueError, KeyError):  # no such group, or "max": no limit
+        return None
