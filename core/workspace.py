@@ -24,10 +24,17 @@ _RENAME_EXCHANGE = 2
 
 @dataclass(frozen=True)
 class Workspace:
-    """A locked work folder. `output` becomes the target on `commit`; `cache` is for steps."""
+    """A locked work folder. `output` becomes the target on `commit`; `cache` is for steps.
+
+    Args:
+        target: where the output goes, resolved.
+        folder: the work folder.
+        replaces: whether the target held something when the run began, so that it may be replaced.
+    """
 
     target: Path
     folder: Path
+    replaces: bool = False
 
     @property
     def output(self) -> Path:
@@ -39,70 +46,108 @@ class Workspace:
         """Where steps keep intermediate files."""
         return self.folder / "cache"
 
+    @property
+    def replaced(self) -> Path:
+        """Where the old target waits between two renames, on file systems that cannot exchange."""
+        return self.folder / "replaced"
+
     def commit(self, *, durable: bool) -> None:
         """Make the output the target, in one rename.
 
         Raises:
-            ResourceError: the file system refuses.
+            ResourceError: the file system refuses, or a target that was absent or empty has been filled meanwhile.
         """
-        if durable:
-            _sync_folder(self.output)
         try:
-            if self.target.is_dir() and any(self.target.iterdir()):
-                _exchange(self.output, self.target, self.folder / "replaced")
+            if durable:
+                _sync_tree(self.output)
+            if self.replaces and _holds_something(self.target):
+                _exchange(self.output, self.target, self.replaced)
             else:
                 self.output.rename(self.target)
+            if durable:
+                _sync(self.target.parent)
         except OSError as error:
+            filled = error.errno in (errno.ENOTEMPTY, errno.EEXIST)
             raise ResourceError(
-                f"cannot be put in place: {error.strerror}", where=self.target, remedy="check the rights of its folder"
+                f"cannot be put in place: {error.strerror}",
+                where=self.target,
+                remedy="something else has written the target meanwhile: look at it, then use --force or another path"
+                if filled
+                else "check the rights of its folder",
             ) from None
-        if durable:
-            _sync_folder(self.target.parent)
 
 
 def check_target(target: Path, *, force: bool, inputs: tuple[Path, ...] = ()) -> None:
     """Refuse a target that may not be written. Looks only; changes nothing.
 
     Raises:
-        UsageError: it is a file, it is not empty and `force` is not given, or it is, holds or stands in an input.
+        UsageError: it is no path, or a file, it is not empty and `force` is not given, or it is, holds or stands in an
+            input.
         ResourceError: its folder cannot be written.
     """
-    resolved = target.resolve()
+    resolved = _resolved(target)
     for path in inputs:
-        source = path.resolve()
-        if source == resolved:
-            raise UsageError(
-                "the target is an input of the recipe", where=target, remedy="choose another [output] path"
-            )
-        if source.is_dir() and resolved.is_relative_to(source):
-            raise UsageError(
-                "the target stands inside an input of the recipe",
-                where=target,
-                found=f"input {path}",
-                remedy="choose an [output] path outside it",
-            )
-        if source.is_relative_to(resolved):
-            raise UsageError(
-                "an input of the recipe stands inside the target",
-                where=target,
-                found=f"input {path}",
-                remedy="choose another [output] path",
-            )
-    if resolved.exists() and not resolved.is_dir():
-        raise UsageError(
-            "the target is a file",
+        _check_against_input(target, resolved, path)
+    try:
+        _check_place(target, resolved, force)
+    except OSError as error:
+        raise ResourceError(
+            f"the target cannot be looked at: {error.strerror}",
             where=target,
-            expected="a folder that is new or empty",
+            remedy="choose another [output] path, or change the rights of its folder",
+        ) from None
+
+
+def _resolved(target: Path) -> Path:
+    try:
+        return target.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UsageError(
+            "the target is not a path", where=ascii(str(target)), found=error, remedy="choose another [output] path"
+        ) from None
+
+
+def _check_against_input(target: Path, resolved: Path, path: Path) -> None:
+    source = path.resolve()
+    if source == resolved:
+        raise UsageError("the target is an input of the recipe", where=target, remedy="choose another [output] path")
+    if source.is_dir() and resolved.is_relative_to(source):
+        raise UsageError(
+            "the target stands inside an input of the recipe",
+            where=target,
+            found=f"input {path}",
+            remedy="choose an [output] path outside it",
+        )
+    if source.is_relative_to(resolved):
+        raise UsageError(
+            "an input of the recipe stands inside the target",
+            where=target,
+            found=f"input {path}",
             remedy="choose another [output] path",
         )
-    if resolved.is_dir() and not force and any(resolved.iterdir()):
+
+
+def _check_place(target: Path, resolved: Path, force: bool) -> None:
+    expected = "a folder that is new or empty"
+    if resolved.parent == resolved:
+        raise UsageError(
+            "the target is the root of the file system", where=target, expected=expected, remedy="choose a folder in it"
+        )
+    if resolved.exists() and not resolved.is_dir():
+        raise UsageError("the target is a file", where=target, expected=expected, remedy="choose another [output] path")
+    space = _space(resolved)
+    if not force and (_holds_something(resolved) or (not resolved.exists() and _holds_something(space.replaced))):
         raise UsageError(
             "the target is not empty",
             where=target,
-            expected="a folder that is new or empty",
+            expected=expected,
             remedy="choose another [output] path, or replace it whole with --force",
         )
     parent = next(folder for folder in resolved.parents if folder.exists())
+    if not parent.is_dir():
+        raise UsageError(
+            "the target stands inside a file", where=target, found=parent, remedy="choose another [output] path"
+        )
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ResourceError(
             "the target's folder cannot be written",
@@ -117,36 +162,55 @@ def workspace(target: Path) -> Iterator[Workspace]:
     """Lock and clear the work folder of `target`; remove it in the end, however the end comes.
 
     Raises:
+        UsageError: the target is no path.
         ResourceError: another run writes this target, or the folder cannot be made.
     """
-    resolved = target.resolve()
-    space = Workspace(resolved, resolved.parent / f".{resolved.name}.regraft")
+    resolved = _resolved(target)
+    space = _space(resolved)
     new_parents = [folder for folder in resolved.parents if not folder.exists()]
-    descriptor = _open_locked(space.folder, target)
     try:
-        _clear(space)
-        space.output.mkdir()
-        space.cache.mkdir()
-        yield space
+        descriptor = _open_locked(space.folder, target)
+        try:
+            with _making(target):
+                _clear(space)
+                space.output.mkdir()
+                space.cache.mkdir()
+                space = Workspace(resolved, space.folder, replaces=_holds_something(resolved))
+            yield space
+        finally:
+            _remove(space)
+            os.close(descriptor)
     finally:
-        shutil.rmtree(space.folder, ignore_errors=True)
-        os.close(descriptor)
         if not resolved.exists():
             _remove_empty(new_parents)
 
 
-def _open_locked(folder: Path, target: Path) -> int:
+def _space(resolved: Path) -> Workspace:
+    return Workspace(resolved, resolved.parent / f".{resolved.name}.regraft")
+
+
+def _holds_something(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+@contextmanager
+def _making(target: Path) -> Iterator[None]:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        yield
     except OSError as error:
         raise ResourceError(
             f"the work folder cannot be made: {error.strerror}", where=target, remedy="check the rights of its folder"
         ) from None
+
+
+def _open_locked(folder: Path, target: Path) -> int:
+    with _making(target):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         free = os.fstat(descriptor).st_nlink > 0  # 0: the run that held it has just removed it
-    except BlockingIOError:
+    except OSError:
         free = False
     if not free:
         os.close(descriptor)
@@ -165,16 +229,27 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
+def _put_back(space: Workspace) -> None:
+    """A target that a run was replacing goes back, if nothing has come in its place."""
+    if space.replaced.exists() and not space.target.exists():
+        space.replaced.rename(space.target)
+
+
 def _clear(space: Workspace) -> None:
     """Take over what a killed run left: a target that it was replacing goes back, the rest goes away."""
-    replaced = space.folder / "replaced"
-    if replaced.exists() and not space.target.exists():
-        replaced.rename(space.target)
+    _put_back(space)
     for path in space.folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def _remove(space: Workspace) -> None:
+    """Remove the work folder; all of it stays where an old target cannot be put back."""
+    with suppress(OSError):
+        _put_back(space)
+        shutil.rmtree(space.folder, ignore_errors=True)
 
 
 def _exchange(output: Path, target: Path, replaced: Path) -> None:
@@ -189,8 +264,16 @@ def _exchange(output: Path, target: Path, replaced: Path) -> None:
     output.rename(target)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync_tree(folder: Path) -> None:
+    """Flush every file and folder: the target must not appear before its contents are on the disk."""
+    for root, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            _sync(Path(root, name))
+        _sync(Path(root))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,0 +1,503 @@
+"""The work folder and the commit: a target is what it was, or complete, and nothing else is touched."""
+
+import errno
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+
+from regraft.core import workspace as module
+from regraft.core.errors import ResourceError, UsageError
+from regraft.core.workspace import check_target, workspace
+
+NEW, OLD = {"new.txt": "new", "sub/new.txt": "new"}, {"old.txt": "old"}
+
+
+def fill(folder, contents):
+    for name, text in contents.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def fail_in(target, error):
+    """A run into `target` that fails half way."""
+    with workspace(target) as space:
+        fill(space.output, NEW)
+        raise error
+
+
+def commit_after(target, prepare):
+    """A run into `target`, before whose commit something happens."""
+    with workspace(target) as space:
+        fill(space.output, NEW)
+        prepare()
+        space.commit(durable=False)
+
+
+def write(target, *, durable=False, new=NEW):
+    with workspace(target) as space:
+        fill(space.output, new)
+        space.commit(durable=durable)
+
+
+def raising(code):
+    def fail(*arguments, **options):
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+@pytest.fixture
+def target(tmp_path):
+    return tmp_path / "out" / "model"
+
+
+# The commit
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_target_appears_complete_and_the_work_folder_goes(target, durable):
+    with workspace(target) as space:
+        assert space.output.is_dir()
+        assert space.cache.is_dir()
+        fill(space.output, NEW)
+        fill(space.cache, OLD)
+        assert not target.exists()
+        space.commit(durable=durable)
+        assert contents(target) == NEW
+    assert contents(target) == NEW
+    assert names(target.parent) == ["model"]
+
+
+def test_a_run_that_fails_leaves_nothing_not_even_folders(tmp_path, target):
+    with pytest.raises(ZeroDivisionError):
+        fail_in(target, ZeroDivisionError())
+    assert names(tmp_path) == []
+
+
+def test_a_run_that_fails_keeps_folders_that_were_there(target):
+    target.parent.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        fail_in(target, KeyboardInterrupt())
+    assert names(target.parent) == []
+
+
+def test_an_empty_target_is_filled(target):
+    target.mkdir(parents=True)
+    write(target)
+    assert contents(target) == NEW
+
+
+def test_a_full_target_is_replaced_whole(target):
+    fill(target, OLD)
+    write(target)
+    assert contents(target) == NEW
+    assert names(target.parent) == ["model"]
+
+
+def test_a_full_target_stays_if_the_run_fails(target):
+    fill(target, OLD)
+    with pytest.raises(ZeroDivisionError):
+        fail_in(target, ZeroDivisionError())
+    assert contents(target) == OLD
+
+
+def test_a_target_is_never_absent_while_it_is_replaced(target):
+    fill(target, OLD)
+    stop, gaps, looks = threading.Event(), [], []
+
+    def watch():
+        while not stop.is_set():
+            looks.append(1)
+            if not target.is_dir():
+                gaps.append(1)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(50):
+        write(target)
+    stop.set()
+    watcher.join()
+    assert len(looks) > 50
+    assert not gaps
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    real = fill(tmp_path / "real", OLD)
+    (tmp_path / "link").symlink_to(real)
+    write(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert contents(real) == NEW
+
+
+def test_a_relative_target_does_not_move_with_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    with workspace(Path("model")) as space:
+        fill(space.output, NEW)
+        monkeypatch.chdir(tmp_path / "b")
+        space.commit(durable=False)
+    assert contents(tmp_path / "a" / "model") == NEW
+    assert names(tmp_path / "b") == []
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_durable_commit_flushes_every_file_and_folder_before_the_rename(target, monkeypatch, durable):
+    flushed, real = [], os.fsync
+
+    def fsync(descriptor):
+        flushed.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write(target, durable=durable)
+    output = target.parent / ".model.regraft" / "output"
+    before = [output / "new.txt", output / "sub" / "new.txt", output / "sub", output]
+    assert sorted(flushed[:-1]) == (sorted(map(str, before)) if durable else [])
+    assert flushed[-1:] == ([str(target.parent)] if durable else [])
+
+
+def test_a_disk_that_fails_while_flushing_leaves_no_target(target, monkeypatch):
+    monkeypatch.setattr(os, "fsync", raising(errno.EIO))
+    with pytest.raises(ResourceError, match="Input/output error"):
+        write(target, durable=True)
+    assert not target.exists()
+
+
+def test_a_target_that_somebody_fills_meanwhile_is_not_replaced(target):
+    with pytest.raises(ResourceError, match="cannot be put in place") as caught:
+        commit_after(target, lambda: fill(target, OLD))
+    assert "meanwhile" in caught.value.remedy
+    assert contents(target) == OLD
+    assert names(target.parent) == ["model"]
+
+
+def test_a_file_that_comes_in_the_way_is_not_replaced(target):
+    with pytest.raises(ResourceError, match="cannot be put in place"):
+        commit_after(target, lambda: target.write_text("a file"))
+    assert target.read_text() == "a file"
+
+
+def test_a_target_that_vanishes_meanwhile_is_written(target):
+    fill(target, OLD)
+    commit_after(target, lambda: shutil.rmtree(target))
+    assert contents(target) == NEW
+
+
+# Where the kernel cannot exchange
+
+
+class NoExchange:
+    """A C library without renameat2, or whose file system refuses it."""
+
+    def __init__(self, code):
+        if code is not None:
+            self.renameat2 = lambda *arguments: -1
+
+
+@pytest.fixture(params=[None, errno.ENOSYS, errno.EINVAL])
+def no_exchange(request, monkeypatch):
+    monkeypatch.setattr(module.ctypes, "CDLL", lambda *arguments, **options: NoExchange(request.param))
+    monkeypatch.setattr(module.ctypes, "get_errno", lambda: request.param)
+
+
+@pytest.mark.usefixtures("no_exchange")
+def test_two_renames_do_it_too(target):
+    fill(target, OLD)
+    write(target)
+    assert contents(target) == NEW
+    assert names(target.parent) == ["model"]
+
+
+@pytest.mark.usefixtures("no_exchange")
+def test_a_second_rename_that_fails_brings_the_old_target_back(target, monkeypatch):
+    fill(target, OLD)
+    rename = Path.rename
+
+    def fail_for_output(path, to):
+        return raising(errno.EIO)() if path.name == "output" else rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", fail_for_output)
+    with pytest.raises(ResourceError, match="cannot be put in place"):
+        write(target)
+    assert contents(target) == OLD
+    assert names(target.parent) == ["model"]
+
+
+@pytest.mark.usefixtures("no_exchange")
+def test_an_old_target_that_cannot_come_back_is_kept_for_the_next_run(target, monkeypatch):
+    fill(target, OLD)
+    rename = Path.rename
+
+    def fail_for_all_but_the_first(path, to):
+        return rename(path, to) if path == target else raising(errno.EIO)()
+
+    monkeypatch.setattr(Path, "rename", fail_for_all_but_the_first)
+    with pytest.raises(ResourceError):
+        write(target)
+    assert not target.exists()
+    monkeypatch.undo()
+    with workspace(target):
+        assert contents(target) == OLD
+    assert contents(target) == OLD
+
+
+def test_another_refusal_of_the_kernel_is_a_resource_error(target, monkeypatch):
+    fill(target, OLD)
+    monkeypatch.setattr(module.ctypes, "CDLL", lambda *arguments, **options: NoExchange(errno.EPERM))
+    monkeypatch.setattr(module.ctypes, "get_errno", lambda: errno.EPERM)
+    with pytest.raises(ResourceError, match="cannot be put in place"):
+        write(target)
+    assert contents(target) == OLD
+
+
+# What a killed run leaves
+
+
+def test_the_remains_of_a_killed_run_are_cleared_away(tmp_path, target):
+    kept = fill(tmp_path / "kept", OLD)
+    folder = target.parent / ".model.regraft"
+    fill(folder, {"output/half.bin": "x", "cache/step/x": "x", "stray": "x"})
+    (folder / "link").symlink_to(kept)
+    with workspace(target) as space:
+        assert names(space.folder) == ["cache", "output"]
+        assert names(space.output) == []
+    assert contents(kept) == OLD
+
+
+def test_a_target_that_a_killed_run_was_replacing_comes_back(target):
+    fill(target.parent / ".model.regraft", {"replaced/old.txt": "old", "output/new.txt": "new"})
+    with workspace(target) as space:
+        assert contents(target) == OLD
+        assert space.replaces
+    assert contents(target) == OLD
+
+
+def test_a_target_that_was_replaced_before_the_kill_stays_new(target):
+    fill(target, NEW)
+    fill(target.parent / ".model.regraft", {"replaced/old.txt": "old"})
+    with workspace(target):
+        assert contents(target) == NEW
+    assert names(target.parent) == ["model"]
+
+
+def test_a_target_that_a_killed_run_was_replacing_counts_as_full(target):
+    fill(target.parent / ".model.regraft", {"replaced/old.txt": "old"})
+    with pytest.raises(UsageError, match="not empty"):
+        check_target(target, force=False)
+    check_target(target, force=True)
+
+
+HOLD = """
+    import sys
+    from pathlib import Path
+    from regraft.core.workspace import workspace
+
+    with workspace(Path(sys.argv[1])) as space:
+        (space.output / "half.bin").write_text("x")
+        print("held", flush=True)
+        sys.stdin.readline()
+        if sys.argv[2] == "commit":
+            space.commit(durable=False)
+"""
+
+
+def hold(target, end="leave"):
+    command = [sys.executable, "-c", textwrap.dedent(HOLD), str(target), end]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_two_runs_cannot_write_one_target_at_once(target):
+    process = hold(target, "commit")
+    try:
+        with pytest.raises(ResourceError, match="another run is writing this target") as caught, workspace(target):
+            pytest.fail("it was entered")
+        assert caught.value.where == str(target)
+    finally:
+        process.communicate("\n", timeout=30)
+    assert contents(target) == {"half.bin": "x"}
+    write(target)
+    assert contents(target) == NEW
+
+
+def test_a_killed_run_blocks_nobody(target):
+    process = hold(target)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert (target.parent / ".model.regraft" / "output" / "half.bin").exists()
+    assert not target.exists()
+    write(target)
+    assert contents(target) == NEW
+    assert names(target.parent) == ["model"]
+
+
+def test_two_targets_side_by_side_do_not_disturb_each_other(tmp_path):
+    with workspace(tmp_path / "one") as one, workspace(tmp_path / "two") as two:
+        fill(one.output, OLD)
+        fill(two.output, NEW)
+        two.commit(durable=False)
+        one.commit(durable=False)
+    assert contents(tmp_path / "one") == OLD
+    assert contents(tmp_path / "two") == NEW
+
+
+def test_a_work_folder_that_is_removed_while_it_is_locked_is_not_used(target, monkeypatch):
+    lock = fcntl.flock
+
+    def remove_and_lock(descriptor, how):
+        shutil.rmtree(target.parent / ".model.regraft")
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", remove_and_lock)
+    with pytest.raises(ResourceError, match="another run"), workspace(target):
+        pytest.fail("it was entered")
+
+
+# Places that cannot be used
+
+
+def test_a_link_in_place_of_the_work_folder_is_not_followed(tmp_path, target):
+    precious = fill(tmp_path / "precious", OLD)
+    target.parent.mkdir()
+    (target.parent / ".model.regraft").symlink_to(precious)
+    with pytest.raises(ResourceError, match="work folder cannot be made"), workspace(target):
+        pytest.fail("it was entered")
+    assert contents(precious) == OLD
+
+
+def test_a_file_in_place_of_the_work_folder_stays(target):
+    fill(target.parent, {".model.regraft": "a file"})
+    with pytest.raises(ResourceError, match="work folder cannot be made"), workspace(target):
+        pytest.fail("it was entered")
+    assert contents(target.parent) == {".model.regraft": "a file"}
+
+
+def test_a_work_folder_that_cannot_be_cleared_is_a_resource_error(target, monkeypatch):
+    fill(target.parent / ".model.regraft", {"output/half.bin": "x"})
+    remove = shutil.rmtree
+
+    def fail(path, ignore_errors=False):
+        return remove(path, ignore_errors=True) if ignore_errors else raising(errno.EACCES)()
+
+    monkeypatch.setattr(shutil, "rmtree", fail)
+    with pytest.raises(ResourceError, match="Permission denied"), workspace(target):
+        pytest.fail("it was entered")
+
+
+def test_folders_made_in_vain_are_removed(tmp_path):
+    target = tmp_path / "a" / "b" / ("x" * 250)
+    with pytest.raises(ResourceError, match="File name too long"), workspace(target):
+        pytest.fail("it was entered")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["a\0b", "loop/model"])
+def test_what_is_no_path_is_a_usage_error(tmp_path, name):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UsageError, match="not a path") as caught:
+        check_target(tmp_path / name, force=True)
+    assert "\0" not in str(caught.value)
+    with pytest.raises(UsageError, match="not a path"):
+        write(tmp_path / name)
+
+
+def test_new_empty_and_forced_targets_are_accepted(tmp_path):
+    check_target(tmp_path / "new", force=False)
+    check_target(tmp_path / "deep" / "new", force=False)
+    (tmp_path / "empty").mkdir()
+    check_target(tmp_path / "empty", force=False)
+    check_target(fill(tmp_path / "full", OLD), force=True)
+    assert names(tmp_path) == ["empty", "full"]
+
+
+def test_a_full_target_needs_force(tmp_path):
+    with pytest.raises(UsageError, match="not empty") as caught:
+        check_target(fill(tmp_path / "full", OLD), force=False)
+    assert "--force" in caught.value.remedy
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_a_file_is_no_target(tmp_path, force):
+    fill(tmp_path, {"file": "x"})
+    with pytest.raises(UsageError, match="is a file"):
+        check_target(tmp_path / "file", force=force)
+    with pytest.raises(UsageError, match="inside a file"):
+        check_target(tmp_path / "file" / "model", force=force)
+    with pytest.raises(UsageError, match="root"):
+        check_target(Path("/"), force=force)
+
+
+def test_a_target_equal_to_inside_or_around_an_input_is_refused(tmp_path):
+    base = fill(tmp_path / "models" / "base", OLD)
+    link = tmp_path / "link"
+    link.symlink_to(base)
+    for target, words in {
+        base: "is an input",
+        link: "is an input",
+        tmp_path / "models" / "x" / ".." / "base": "is an input",
+        base / "out": "inside an input",
+        link / "deep" / "out": "inside an input",
+        tmp_path / "models": "inside the target",
+    }.items():
+        for inputs in ((base,), (tmp_path / "other", base), (link,)):
+            with pytest.raises(UsageError, match=words):
+                check_target(target, force=True, inputs=inputs)
+    assert contents(base) == OLD
+
+
+def test_a_file_that_is_read_may_not_stand_in_the_target_but_beside_it(tmp_path):
+    file = fill(tmp_path / "m", {"base.gguf": "x"}) / "base.gguf"
+    with pytest.raises(UsageError, match="inside the target"):
+        check_target(tmp_path / "m", force=True, inputs=(file,))
+    with pytest.raises(UsageError, match="is an input"):
+        check_target(file, force=True, inputs=(file,))
+    check_target(tmp_path / "m" / "out", force=False, inputs=(file,))
+    check_target(tmp_path / "m2", force=False, inputs=(tmp_path / "m",))
+
+
+def test_a_read_only_folder_is_a_resource_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(ResourceError, match="cannot be written") as caught:
+        check_target(tmp_path / "deep" / "model", force=False)
+    assert str(tmp_path) in caught.value.found
+    assert caught.value.exit_code == 4
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_is_really_read_only_is_a_resource_error(tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(ResourceError):
+            check_target(tmp_path / "model", force=False)
+        with pytest.raises(ResourceError), workspace(tmp_path / "model"):
+            pytest.fail("it was entered")
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_a_folder_that_cannot_be_looked_at_is_a_resource_error(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.setattr(Path, "iterdir", raising(errno.EACCES))
+    with pytest.raises(ResourceError, match="Permission denied"):
+        check_target(tmp_path / "model", force=False)
