@@ -26,7 +26,7 @@ class LoraMerge(WeightSpace[LoraMergeParams]):
     """Adds an adapter's low-rank deltas to the weights, and replaces what the adapter trained whole."""
 
     name = "lora-merge"
-    summary = "merge a PEFT LoRA or DoRA adapter into the weights"
+    summary = "Merge a PEFT LoRA or DoRA adapter into the weights."
     paper = "Hu et al., LoRA, arXiv 2106.09685; Liu et al., DoRA, arXiv 2402.09353"
     Params = LoraMergeParams
 

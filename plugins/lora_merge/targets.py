@@ -103,8 +103,11 @@ class Targets:
             self._adapt_experts(module, *stacked)
             return
         place = self.base.place(module.path)
-        if place is None or len(self.base.specs[place.source].shape) != 2:
+        if place is None:
             self._misfit(module.specs(), f"a matrix for {module.path} in the base", f"{module.path}.weight")
+            return
+        if len(self.base.specs[place.source].shape) != 2:
+            self._misfit(module.specs(), f"a matrix, which {self.base.specs[place.source]} is not")
             return
         target = self.by_tensor.setdefault(place.tensor, Target(place))
         if target.delta is not None:
