@@ -25,16 +25,14 @@ def checkpoint(**config):
         "net.norm.weight": random(8, seed=3),
     }
     lazy = {name: MemoryTensor(name, tensor) for name, tensor in tensors.items()}
-    return Checkpoint(
-        "base", lazy, {"config.json": FileRef(data=json.dumps({"model_type": "nobodys", **config}).encode())}
-    )
+    data = json.dumps({"model_type": "nobodys", **config}).encode()
+    return Checkpoint("base", lazy, {"config.json": FileRef(data=data)})
 
 
 def adapter(folder, tensors, **config):
     folder.mkdir()
-    save_file(
-        {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}, folder / "adapter_model.safetensors"
-    )
+    stored = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    save_file(stored, folder / "adapter_model.safetensors")
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, **config}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     return folder
@@ -69,9 +67,16 @@ def test_whole_parameters(tmp_path):
     assert torch.equal(merged.load("net.h.0.mix.bias"), brought["net.h.0.mix.bias"].float())
 
 
-@pytest.mark.parametrize("path", ["net.h.1.mix", "net.norm", "lm_head"])
-def test_modules_that_are_not_there(path, tmp_path):
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("net.h.1.mix", "a matrix for net.h.1.mix in the base"),
+        ("net.norm", "a matrix, which net.norm.weight F32 [8] is not"),
+        ("lm_head", "a matrix for lm_head in the base"),
+    ],
+)
+def test_modules_that_are_no_matrix_there(path, expected, tmp_path):
     factors = {f"{path}.lora_A.weight": random(2, 8), f"{path}.lora_B.weight": random(8, 2)}
     with pytest.raises(InputError, match="2 of the adapter's 2 tensors") as error:
         merged_by_us(checkpoint(), adapter(tmp_path / "a", factors))
-    assert error.value.expected == f"a matrix for {path} in the base"
+    assert error.value.expected == expected
