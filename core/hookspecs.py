@@ -1,7 +1,8 @@
 """The hooks through which plugins, ours included, reach regraft.
 
-The pluggy project is `regraft`. A plugin is a module named by an entry point of the group `regraft`. It may say `regraft_api = ">=1,<2"`: a plugin that
-asks for an API range which does not contain `API_VERSION` is listed as broken and not loaded.
+The pluggy project is `regraft`. A plugin is a module named by an entry point of the group `regraft`. It may say
+`regraft_api = ">=1,<2"`: a plugin that asks for an API range which does not contain `API_VERSION` is listed as broken
+and not loaded. So is one with a hook that is not listed here, unless it is marked `optionalhook`.
 """
 
 from __future__ import annotations

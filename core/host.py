@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
@@ -54,7 +54,12 @@ class Host:
         self._manager = pluggy.PluginManager("regraft")
         self._manager.add_hookspecs(hookspecs)
         self._environment = environment
-        self.plugins = [self._load(entry) for entry in _ordered(entries)]
+        self._owners: dict[str, str] = {}
+        loaded = [
+            self._load(entry) for entry in sorted(entries, key=lambda entry: (not _is_own(_info(entry)), entry.name))
+        ]
+        self.plugins = sorted(loaded, key=lambda info: (_is_own(info), info.name))
+        """Third-party plugins first, by name, so that their sources are asked before ours; ours after them, by name."""
 
     def transformations(self) -> Mapping[str, type[AnyTransformation]]:
         """Every transformation by name.
@@ -64,37 +69,48 @@ class Host:
         """
         return self._transformations
 
-    @cached_property
+    @property
+    def owners(self) -> Mapping[str, str]:
+        """Which plugin brings a transformation, by the transformation's name."""
+        self.transformations()
+        return self._owners
+
+    @property
     def broken(self) -> Mapping[str, str]:
         """Why a plugin cannot be used, by the plugin's name (and so, by custom, by its transformation's name)."""
-        self._transformations  # noqa: B018 - calling the hooks finds the plugins that break when they are called
+        self.transformations()  # calling the hooks finds the plugins that break when they are called
         return {info.name: info.reason for info in self.plugins if info.status == "broken"}
 
     @cached_property
     def _transformations(self) -> dict[str, type[AnyTransformation]]:
+        from regraft.core.transformation import fault_of
+
         found: dict[str, type[AnyTransformation]] = {}
-        owner: dict[str, str] = {}
-        for plugin, classes in self._each("regraft_transformations"):
-            for transformation in classes:
-                name = transformation.name
-                if name in found:
-                    raise PluginError(
-                        "two plugins bring the same transformation",
-                        where=name,
-                        found=f"{owner[name]} and {plugin}",
-                        remedy=f"uninstall one, or set {DISABLE}={plugin}",
-                    )
-                found[name], owner[name] = transformation, plugin
-        self.owners = owner
+        for plugin, transformation in self._items("regraft_transformations", fault_of):
+            name = transformation.name
+            if name in found:
+                first = self._owners[name]
+                raise PluginError(
+                    "two plugins bring the same transformation",
+                    where=name,
+                    found=f"{first} and {plugin}",
+                    remedy=f"uninstall one, or set {DISABLE}={first}",
+                )
+            found[name], self._owners[name] = transformation, plugin
         return found
 
     def sources(self) -> list[Source]:
         """Sources that plugins bring, in the order in which they are asked."""
-        return [source for _, sources in self._each("regraft_sources") for source in sources]
+        return [source for _, source in self._items("regraft_sources", _source_fault)]
 
     def architectures(self) -> list[Family]:
         """Model families that plugins bring."""
-        return [family for _, families in self._each("regraft_architectures") for family in families]
+        from regraft.core.architectures import Family
+
+        def fault(item: object) -> str:
+            return "" if isinstance(item, Family) else "is no Family"
+
+        return [family for _, family in self._items("regraft_architectures", fault)]
 
     def add_commands(self, app: typer.Typer) -> None:
         """Let plugins register commands on `app`."""
@@ -119,16 +135,33 @@ class Host:
         for _ in self._each("regraft_after_step", fatal=True, step=step, checkpoint=checkpoint, patch=patch):
             pass
 
-    def _each(self, hook: str, *, fatal: bool = False, **arguments: Any) -> Iterator[tuple[str, Any]]:
+    def _items(self, hook: str, fault: Callable[[object], str]) -> Iterator[tuple[str, Any]]:
+        """What plugins bring through `hook`, each with the plugin's name; one that brings anything else is broken."""
+
+        def checked(result: Any) -> list[Any]:
+            items = list(result or ())
+            for item in items:
+                if message := fault(item):
+                    raise TypeError(f"{item!r} {message}")
+            return items
+
+        for plugin, items in self._each(hook, checked):
+            for item in items:
+                yield plugin, item
+
+    def _each(
+        self, hook: str, use: Callable[[Any], Any] = lambda result: result, *, fatal: bool = False, **arguments: Any
+    ) -> Iterator[tuple[str, Any]]:
         """Call `hook` plugin by plugin, so that one that raises is named and costs nobody else."""
         for index, info in enumerate(self.plugins):
             module = self._manager.get_plugin(info.name)
-            if info.status != "loaded" or not hasattr(module, hook):
+            if info.status != "loaded" or module is None:
                 continue
             others = [plugin for name, plugin in self._manager.list_name_plugin() if name != info.name and plugin]
             caller = self._manager.subset_hook_caller(hook, others)
             try:
                 results = caller(**arguments)
+                result = use(results[0] if results else None)
             except Exception as error:
                 reason = f"{hook} raised {type(error).__name__}: {error}"
                 if fatal:
@@ -139,7 +172,7 @@ class Host:
                     ) from error
                 self.plugins[index] = _broken(info, reason)
                 continue
-            yield info.name, results[0] if results else None
+            yield info.name, result
 
     def _load(self, entry: EntryPoint) -> PluginInfo:
         info = _info(entry)
@@ -148,17 +181,29 @@ class Host:
         try:
             module = entry.load()
             _check_api(module)
-            self._manager.register(module, name=entry.name)
+            self._register(module, entry.name)
         except RegraftError as error:
             return _broken(info, error.message)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return _broken(info, f"{type(error).__name__}: {error}")
         return info
 
+    def _register(self, module: object, name: str) -> None:
+        if self._manager.has_plugin(name):
+            raise PluginError(f"another plugin is called {name}")
+        if (other := self._manager.get_name(module)) is not None:
+            raise PluginError(f"is the module of the plugin {other}")
+        try:
+            self._manager.register(module, name=name)
+            self._manager.check_pending()
+        except pluggy.PluginValidationError as error:
+            self._manager.unregister(name=name)
+            raise PluginError(str(error).splitlines()[0]) from None
+
     def _excluded(self, info: PluginInfo) -> str:
-        own = info.distribution == OWN_DISTRIBUTION
+        own = _is_own(info)
         disabled = _names(self._environment.get(DISABLE, ""))
-        if info.name in disabled or (disabled == {"all"} and not own):
+        if info.name in disabled or ("all" in disabled and not own):
             return f"{DISABLE} says so"
         only = self._environment.get(ONLY)
         if only is not None and not own and info.name not in _names(only):
@@ -174,16 +219,11 @@ def host() -> Host:
 
 def third_party_installed() -> bool:
     """Whether any plugin that is not part of regraft is installed; loads none."""
-    return any(_info(entry).distribution != OWN_DISTRIBUTION for entry in entry_points(group=GROUP))
+    return any(not _is_own(_info(entry)) for entry in entry_points(group=GROUP))
 
 
-def _ordered(entries: Sequence[EntryPoint]) -> list[EntryPoint]:
-    """Third-party plugins first, by name, so that their sources are asked before ours; ours after them, by name."""
-
-    def rank(entry: EntryPoint) -> tuple[bool, str]:
-        return _info(entry).distribution == OWN_DISTRIBUTION, entry.name
-
-    return sorted(entries, key=rank)
+def _is_own(info: PluginInfo) -> bool:
+    return info.distribution == OWN_DISTRIBUTION
 
 
 def _info(entry: EntryPoint) -> PluginInfo:
@@ -200,12 +240,19 @@ def _check_api(module: object) -> None:
     from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
     wanted = getattr(module, "regraft_api", "")
+    if not isinstance(wanted, str):
+        raise PluginError(f"regraft_api is not a version range: {wanted!r}")
     try:
         fits = hookspecs.API_VERSION in SpecifierSet(wanted)
     except InvalidSpecifier:
         raise PluginError(f"regraft_api is not a version range: {wanted!r}") from None
     if not fits:
         raise PluginError(f"asks for plugin API {wanted}, this regraft has {hookspecs.API_VERSION}")
+
+
+def _source_fault(item: object) -> str:
+    missing = [name for name in ("name", "accepts", "open") if not hasattr(item, name)]
+    return f"is no source: it has no {', '.join(missing)}" if missing else ""
 
 
 def _names(text: str) -> set[str]:

@@ -106,3 +106,17 @@ class WeightSpace(Transformation[P]):
 
 
 AnyTransformation = Transformation[Any]
+
+
+def fault_of(kind: object) -> str:
+    """Why `kind` is not a class that recipes can use; empty if it is."""
+    if not isinstance(kind, type) or not issubclass(kind, Transformation):
+        return "is not a subclass of Transformation"
+    missing = [name for name in ("name", "summary", "Params") if not hasattr(kind, name)]
+    if missing:
+        return f"has no {', '.join(missing)}"
+    if not isinstance(kind.name, str) or not issubclass(kind.Params, BaseModel):
+        return "needs a name that is a string, and Params that are a pydantic model"
+    if abstract := sorted(kind.__abstractmethods__):
+        return f"does not define {', '.join(abstract)}"
+    return ""

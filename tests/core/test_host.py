@@ -1,0 +1,519 @@
+"""The plugin host: discovery, isolation, order, switches, and every hook by way of a stranger's package."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from regraft.core import hookspecs
+from regraft.core.architectures import Family, architecture_of
+from regraft.core.checkpoint import Checkpoint, FileRef
+from regraft.core.errors import PluginError, Unsupported
+from regraft.core.hookspecs import hookimpl
+from regraft.core.host import DISABLE, GROUP, ONLY, Host, host, third_party_installed
+from regraft.core.patch import Outline, Patch, overlay
+from regraft.core.sources import open_checkpoint
+from regraft.core.transformation import Params, Run, Transformation, WeightSpace
+from tests.checkpoints import same_bits, write_checkpoint
+from tests.third_party import regraft_example_plugin as example
+
+HOOKS = [name for name in vars(hookspecs) if name.startswith("regraft_")]
+THIRD_PARTY = Path(__file__).parents[1] / "third_party"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry point of a distribution that need not be installed."""
+
+    name: str
+    module: object
+    distribution: str = "stranger"
+
+    @property
+    def value(self):
+        return f"module_of_{self.name}"
+
+    @property
+    def dist(self):
+        return SimpleNamespace(name=self.distribution, version="1.2") if self.distribution else None
+
+    def load(self):
+        if isinstance(self.module, BaseException):
+            raise self.module
+        return self.module
+
+
+def module(**hooks):
+    """A plugin module: functions become hook implementations, the rest attributes."""
+    made = ModuleType("plugin")
+    for name, value in hooks.items():
+        setattr(made, name, hookimpl(value) if callable(value) else value)
+    return made
+
+
+def nothing():
+    return []
+
+
+def transformation(called):
+    class Made(WeightSpace[Params]):
+        name = called
+        summary = "Nothing."
+        Params = Params
+
+        def patch(self, checkpoint, params):
+            return Patch()
+
+    return Made
+
+
+def bringing(*names):
+    return module(regraft_transformations=lambda: [transformation(name) for name in names])
+
+
+def example_host(**environment):
+    return Host([Entry("example", example)], environment)
+
+
+def statuses(found):
+    return {info.name: info.status for info in found.plugins}
+
+
+def run_python(program, *arguments, environment=None):
+    command = [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, **(environment or {})}
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+# What is installed
+
+
+def test_our_own_plugins_come_through_the_same_door():
+    own = [entry for entry in entry_points(group=GROUP) if entry.dist.name == "regraft"]
+    found = Host(own)
+    assert {info.name for info in found.plugins} >= {"context-extension", "lora-merge", "patch"}
+    assert statuses(found) == {entry.name: "loaded" for entry in own}
+    assert {"context-extension", "lora-merge", "patch"} <= set(found.transformations())
+    assert all(found.owners[name] == name for name in ("context-extension", "lora-merge", "patch"))
+    assert found.broken == {}
+    for info in found.plugins:
+        assert info.distribution == "regraft"
+        assert info.version
+
+
+def test_the_host_of_the_process_is_made_once():
+    assert host() is host()
+    assert {info.name for info in host().plugins} == {entry.name for entry in entry_points(group=GROUP)}
+
+
+def test_third_parties_are_told_from_our_own(monkeypatch):
+    monkeypatch.setattr("regraft.core.host.entry_points", lambda group: [Entry("patch", None, "regraft")])
+    assert not third_party_installed()
+    monkeypatch.setattr("regraft.core.host.entry_points", lambda group: [Entry("x", None)])
+    assert third_party_installed()
+
+
+def test_loading_our_own_plugins_imports_neither_torch_nor_transformers():
+    program = """
+        import sys
+        from regraft.core.host import host
+
+        found = host()
+        assert found.transformations() and not found.broken
+        found.sources(), found.architectures()
+        print(sorted({"torch", "transformers", "numpy"} & set(sys.modules)))
+    """
+    assert run_python(program, environment={DISABLE: "all"}) == "[]\n"
+
+
+def test_importing_the_host_loads_no_plugin():
+    program = """
+        import sys
+        import regraft.core.host
+
+        regraft.core.host.third_party_installed()
+        print([name for name in sys.modules if name.startswith("regraft.plugins.")])
+        print(sorted({"torch", "transformers", "pydantic"} & set(sys.modules)))
+    """
+    assert run_python(program) == "[]\n[]\n"
+
+
+# Broken plugins
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (ImportError("no module named nowhere"), "ImportError: no module named nowhere"),
+        (SyntaxError("bad"), "SyntaxError: bad"),
+        (SystemExit(3), "SystemExit: 3"),
+        (module(regraft_api=">=2"), "asks for plugin API >=2, this regraft has 1.0"),
+        (module(regraft_api="two"), "is not a version range: 'two'"),
+        (module(regraft_api=1), "is not a version range: 1"),
+        (module(regraft_surces=nothing), "unknown hook 'regraft_surces'"),
+        (module(regraft_before_step=lambda nonsense: None), "hook"),
+    ],
+)
+def test_a_plugin_that_cannot_be_loaded_is_listed_and_costs_nobody_else(content, reason):
+    found = Host([Entry("bad", content), Entry("good", bringing("fine"))], {})
+    assert statuses(found) == {"bad": "broken", "good": "loaded"}
+    assert reason in found.plugins[0].reason
+    assert reason in found.broken["bad"]
+    assert list(found.transformations()) == ["fine"]
+    assert found.sources() == []
+
+
+def test_an_optional_hook_of_another_version_is_no_fault():
+    made = bringing("fine")
+    made.regraft_future = hookimpl(lambda: None, optionalhook=True)
+    assert statuses(Host([Entry("x", made)], {})) == {"x": "loaded"}
+
+
+@pytest.mark.parametrize("api", ["", ">=1", "==1.*", ">=1.0,<2", "~=1.0"])
+def test_ranges_that_hold_our_api_version_fit(api):
+    assert statuses(Host([Entry("x", module(regraft_api=api))], {})) == {"x": "loaded"}
+
+
+def raising(error):
+    def fail():
+        raise error
+
+    return fail
+
+
+def lazily_raising():
+    yield transformation("first")
+    raise KeyError("second")
+
+
+NoName = type(
+    "NoName", (WeightSpace,), {"summary": "x", "Params": Params, "patch": lambda self, checkpoint, params: Patch()}
+)
+NoPatch = type("NoPatch", (WeightSpace,), {"name": "x", "summary": "x", "Params": Params})
+NoParams = type("NoParams", (WeightSpace,), {"name": "x", "summary": "x", "Params": int, "patch": NoName.patch})
+
+
+@pytest.mark.parametrize(
+    ("hook", "implementation", "reason"),
+    [
+        (
+            "regraft_transformations",
+            raising(ZeroDivisionError("division by zero")),
+            "raised ZeroDivisionError: division",
+        ),
+        ("regraft_transformations", lazily_raising, "raised KeyError"),
+        ("regraft_transformations", lambda: 5, "not iterable"),
+        ("regraft_transformations", lambda: ["context-extension"], "is not a subclass of Transformation"),
+        ("regraft_transformations", lambda: [transformation("x")()], "is not a subclass of Transformation"),
+        ("regraft_transformations", lambda: [NoName], "has no name"),
+        ("regraft_transformations", lambda: [NoPatch], "does not define patch"),
+        ("regraft_transformations", lambda: [NoParams], "Params that are a pydantic model"),
+        ("regraft_sources", raising(OSError("disk")), "raised OSError: disk"),
+        ("regraft_sources", lambda: ["a folder"], "is no source"),
+        ("regraft_architectures", raising(ValueError("x")), "raised ValueError: x"),
+        ("regraft_architectures", lambda: [{}], "is no Family"),
+    ],
+)
+def test_a_plugin_that_fails_when_it_is_asked_is_listed_and_costs_nobody_else(hook, implementation, reason):
+    good = {"regraft_transformations": lambda: [transformation("fine")], "regraft_sources": lambda: [example.Alias()]}
+    found = Host([Entry("bad", module(**{hook: implementation})), Entry("good", module(**good))], {})
+    assert list(found.transformations()) == ["fine"]
+    assert [source.name for source in found.sources()] == ["example"]
+    assert found.architectures() == []
+    assert statuses(found) == {"bad": "broken", "good": "loaded"}
+    assert reason in found.broken["bad"]
+
+
+@pytest.mark.parametrize("result", [None, [], ()])
+def test_a_plugin_may_bring_nothing(result):
+    found = Host([Entry("x", module(regraft_transformations=lambda: result, regraft_sources=lambda: result))], {})
+    assert found.transformations() == {}
+    assert found.sources() == []
+    assert statuses(found) == {"x": "loaded"}
+
+
+def test_a_function_that_is_only_called_like_a_hook_is_not_called():
+    made = ModuleType("plugin")
+    made.regraft_sources = lambda: pytest.fail("it was called")
+    assert Host([Entry("x", made)], {}).sources() == []
+
+
+def test_a_command_that_cannot_be_registered_breaks_its_plugin_alone():
+    def register(app):
+        raise RuntimeError("no")
+
+    found = Host([Entry("a", module(regraft_commands=register)), Entry("example", example)], {})
+    app = typer.Typer()
+    found.add_commands(app)
+    assert [command.name for command in app.registered_commands] == ["example-count"]
+    assert statuses(found)["a"] == "broken"
+
+
+# Names and order
+
+
+def test_two_transformations_of_one_name_are_an_error_that_names_both():
+    found = Host([Entry("one", bringing("same")), Entry("two", bringing("same"))], {})
+    with pytest.raises(PluginError, match="same transformation") as caught:
+        found.transformations()
+    assert caught.value.where == "same"
+    assert caught.value.found == "one and two"
+    assert caught.value.exit_code == 5
+
+
+def test_the_remedy_against_a_name_of_ours_is_to_disable_the_stranger():
+    found = Host([Entry("lora-merge", bringing("lora-merge"), "regraft"), Entry("zeta", bringing("lora-merge"))], {})
+    with pytest.raises(PluginError) as caught:
+        found.transformations()
+    assert f"{DISABLE}=zeta" in caught.value.remedy
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_stranger_cannot_take_the_name_of_our_plugin(first):
+    ours, strange = Entry("patch", bringing("patch"), "regraft"), Entry("patch", bringing("other"), "stranger")
+    found = Host([strange, ours] if first else [ours, strange], {})
+    assert [(info.distribution, info.status) for info in found.plugins] == [
+        ("stranger", "broken"),
+        ("regraft", "loaded"),
+    ]
+    assert list(found.transformations()) == ["patch"]
+    assert "another plugin is called patch" in found.broken["patch"]
+
+
+def test_one_module_is_one_plugin():
+    made = bringing("x")
+    found = Host([Entry("a", made), Entry("b", made)], {})
+    assert statuses(found) == {"a": "loaded", "b": "broken"}
+    assert found.broken["b"] == "is the module of the plugin a"
+
+
+def test_strangers_are_asked_before_us_and_by_name():
+    def source(called):
+        return SimpleNamespace(name=called, accepts=lambda reference: True, open=lambda reference: None)
+
+    def plugin(called):
+        return module(regraft_sources=lambda: [source(called)])
+
+    entries = [
+        Entry("a", plugin("ours a"), "regraft"),
+        Entry("z", plugin("z")),
+        Entry("b", plugin("ours b"), "regraft"),
+    ]
+    found = Host([*entries, Entry("c", plugin("c"), "")], {})
+    assert [source.name for source in found.sources()] == ["c", "z", "ours a", "ours b"]
+    assert [info.distribution for info in found.plugins] == ["unknown", "stranger", "regraft", "regraft"]
+
+
+def test_results_do_not_depend_on_the_order_of_entry_points():
+    entries = [Entry(name, bringing(f"t-{name}")) for name in "cab"]
+    assert (
+        list(Host(entries, {}).transformations())
+        == list(Host(entries[::-1], {}).transformations())
+        == ["t-a", "t-b", "t-c"]
+    )
+
+
+# Switches
+
+
+@pytest.mark.parametrize(
+    ("environment", "used"),
+    [
+        ({}, {"ours", "one", "two"}),
+        ({DISABLE: ""}, {"ours", "one", "two"}),
+        ({DISABLE: "one"}, {"ours", "two"}),
+        ({DISABLE: " one , two "}, {"ours"}),
+        ({DISABLE: "ours"}, {"one", "two"}),
+        ({DISABLE: "all"}, {"ours"}),
+        ({DISABLE: "all,ours"}, set()),
+        ({ONLY: "two"}, {"ours", "two"}),
+        ({ONLY: ""}, {"ours"}),
+        ({ONLY: "one,two", DISABLE: "two"}, {"ours", "one"}),
+    ],
+)
+def test_the_environment_disables_and_restricts(environment, used):
+    loaded = []
+
+    class Counting(Entry):
+        def load(self):
+            loaded.append(self.name)
+            return super().load()
+
+    entries = [
+        Counting("ours", bringing("ours"), "regraft"),
+        Counting("one", bringing("one")),
+        Counting("two", bringing("two")),
+    ]
+    found = Host(entries, environment)
+    assert set(found.transformations()) == used
+    assert set(loaded) == used
+    assert {name for name, status in statuses(found).items() if status == "disabled"} == {"ours", "one", "two"} - used
+    assert all((DISABLE in info.reason or ONLY in info.reason) == (info.name not in used) for info in found.plugins)
+    assert found.broken == {}
+
+
+# Every hook, by way of the stranger's package
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_every_hook_is_documented_and_has_a_test_of_its_own(name):
+    documentation = " ".join(inspect.getdoc(getattr(hookspecs, name)).split())
+    assert len(documentation) > 80
+    assert "Since API" in documentation
+    assert f"test_hook_{name.removeprefix('regraft_')}" in globals()
+    assert hasattr(example, name)
+
+
+def tensors():
+    return {"a.weight": torch.randn(4, 3).bfloat16(), "b.bias": torch.randn(4)}
+
+
+def test_hook_transformations(tmp_path):
+    found = example_host()
+    kind = found.transformations()["example-scale"]
+    assert found.owners == {"example-scale": "example"}
+    base = open_checkpoint(write_checkpoint(tmp_path / "m", tensors()))
+    step, params = kind(), kind.Params(factor=3.0)
+    step.check(base, params)
+    patch = step.apply(base, params, Run("s"))
+    assert step.plan(base, params).deviations(patch) == []
+    above = overlay(base, patch, by="s")
+    expected = {name: base.load(name) for name in base.tensors}
+    expected["a.weight"] = (expected["a.weight"].float() * 3).bfloat16()
+    assert same_bits({name: above.load(name) for name in above.tensors}, expected)
+    assert above.config["example_factor"] == 3.0
+    with pytest.raises(Unsupported, match="no tensor has this ending"):
+        step.check(base, kind.Params(factor=1.0, ending=".nothing"))
+
+
+def test_hook_sources(tmp_path):
+    write_checkpoint(tmp_path / "m", tensors())
+    opened = open_checkpoint("example:m", folder=tmp_path, extra=example_host().sources())
+    assert opened.label == "example:m"
+    assert opened.origin == {"source": "example"}
+    assert set(opened.specs) == set(tensors())
+
+
+def test_hook_architectures():
+    config = {
+        "model_type": "example_model",
+        "hidden_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 5,
+    }
+    with pytest.raises(Unsupported):
+        architecture_of(config, derive=False)
+    families = example_host().architectures()
+    assert all(isinstance(family, Family) for family in families)
+    found = architecture_of(config, families=families, derive=False)
+    assert found.slot("q_proj", 1).tensor == "model.blocks.1.query.weight"
+
+
+def test_hook_commands(tmp_path):
+    app = typer.Typer()
+    app.command("other")(lambda: None)
+    example_host().add_commands(app)
+    write_checkpoint(tmp_path, tensors())
+    result = CliRunner().invoke(app, ["example-count", str(tmp_path)])
+    assert result.output == "2\n"
+
+
+def checkpoint(**config):
+    return Checkpoint("m", {}, {"config.json": FileRef(data=json.dumps(config).encode())})
+
+
+def test_hook_before_step():
+    found = example_host()
+    found.before_step("s", checkpoint())
+    with pytest.raises(PluginError, match="regraft_before_step raised ValueError: m is frozen, and s would") as caught:
+        found.before_step("s", checkpoint(example_frozen=True))
+    assert caught.value.where == "example"
+    assert f"{DISABLE}=example" in caught.value.remedy
+    assert isinstance(caught.value.__cause__, ValueError)
+    example_host(**{DISABLE: "example"}).before_step("s", checkpoint(example_frozen=True))
+
+
+def test_hook_after_step():
+    found = example_host()
+    found.after_step("s", checkpoint(), Patch(removals=frozenset({"free.x"})))
+    with pytest.raises(PluginError, match=r"s takes frozen\.x out of m"):
+        found.after_step("s", checkpoint(), Patch(removals=frozenset({"frozen.x", "free.x"})))
+
+
+# The contract of transformations
+
+
+def test_a_step_gets_seeds_that_depend_on_seed_step_and_name_alone():
+    seeds = {Run(step, seed=seed).seed_for(name) for step in ("a", "b") for seed in (0, 1) for name in ("x", "y")}
+    assert len(seeds) == 8
+    assert all(0 <= seed < 1 << 63 for seed in seeds)
+    assert Run("a", seed=1, device="cuda").seed_for("x") == Run("a", seed=1).seed_for("x")
+    assert Run("a").tell("a line") is None
+
+
+def test_a_transformation_must_plan_and_apply():
+    class Incomplete(Transformation[Params]):
+        def plan(self, checkpoint, params):
+            return Outline()
+
+    with pytest.raises(TypeError, match="apply"):
+        Incomplete()
+
+
+@pytest.mark.slow
+def test_a_package_is_found_once_it_is_installed(tmp_path):
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True, timeout=120)
+    python = environment / "bin" / "python"
+    packages = next((environment / "lib").glob("python*/site-packages"))
+    here = [path for path in sys.path if path.endswith("-packages")]
+    (packages / "here.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in here))
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "regraft_example_plugin.py"):
+        (source / name).write_bytes((THIRD_PARTY / name).read_bytes())
+    install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", source]
+    subprocess.run([python, *install], check=True, timeout=300)
+    result = subprocess.run(
+        [python, "-m", "regraft", "plugins", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        cwd=tmp_path,
+    )
+    listed = {info["name"]: info for info in json.loads(result.stdout)["plugins"]}
+    assert listed["example"] == {
+        "name": "example",
+        "module": "regraft_example_plugin",
+        "distribution": "regraft-example-plugin",
+        "version": "0.3.0",
+        "status": "loaded",
+        "reason": "",
+        "transformations": ["example-scale"],
+    }
+    assert listed["patch"]["status"] == "loaded"
+    write_checkpoint(tmp_path / "m", tensors())
+    counted = subprocess.run(
+        [python, "-m", "regraft", "example-count", tmp_path / "m"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert counted.stdout == "2\n"
