@@ -8,7 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from regraft.core.buffers import reading
 from regraft.core.checkpoint import Checkpoint
+from regraft.core.errors import InputError
 from regraft.core.jsonio import difference
 from regraft.core.tensors import LazyTensor, row_chunks
 from regraft.core.transfer import hash_range, new_hasher
@@ -79,8 +81,8 @@ def _tensor(name: str, before: LazyTensor | None, after: LazyTensor | None) -> T
     same_dtype = before.spec.dtype == after.spec.dtype
     if same_dtype and _bytes_digest(before) == _bytes_digest(after) is not None:
         return None
-    max_abs, relative = _distance(before, after)
-    if same_dtype and max_abs == 0:
+    equal, max_abs, relative = _distance(before, after)
+    if same_dtype and equal:
         return None
     return TensorChange(name, "values" if same_dtype else "dtype", old, new, max_abs, relative)
 
@@ -94,28 +96,44 @@ def _bytes_digest(tensor: LazyTensor) -> str | None:
     if raw is None:
         return None
     hasher = new_hasher("xxh3")
-    with raw.path.open("rb") as file:
-        hash_range(file.fileno(), raw.offset, raw.nbytes, hasher)
+    with reading(raw.path) as descriptor:
+        hash_range(descriptor, raw.offset, raw.nbytes, hasher, where=raw.path)
     return hasher.hexdigest()
 
 
-def _distance(before: LazyTensor, after: LazyTensor) -> tuple[float, float]:
-    """(max |a - b|, |a - b| / |a|); NaN where the values are not comparable."""
-    largest, squares, reference = 0.0, 0.0, 0.0
+def _distance(before: LazyTensor, after: LazyTensor) -> tuple[bool, float, float]:
+    """(all equal, max |a - b|, |a - b| / |a|); NaN where the values are not comparable.
+
+    Equality is told in the tensors' own dtype, because float64 cannot tell large integers apart; 0.0 equals -0.0.
+    """
+    import torch
+
+    equal, largest, squares, reference = True, 0.0, 0.0, 0.0
     for old, new in _rows(before, after):
-        delta = (new - old).abs()
-        if delta.numel():
-            largest = max(largest, delta.max().item(), key=lambda value: math.inf if math.isnan(value) else value)
-            squares += delta.square().sum().item()
-            reference += old.square().sum().item()
-    return largest, math.sqrt(squares / reference) if reference > 0 else (math.inf if squares else 0.0)
+        if torch.equal(old, new):
+            reference += _wide(old).abs().square().sum().item()
+            continue
+        equal = False
+        delta = (_wide(new) - _wide(old)).abs()
+        largest = max(largest, delta.max().item(), key=lambda value: math.inf if math.isnan(value) else value)
+        squares += delta.square().sum().item()
+        reference += _wide(old).abs().square().sum().item()
+    return equal, largest, math.sqrt(squares / reference) if reference > 0 else (math.inf if squares else 0.0)
+
+
+def _wide(rows: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return rows.to(torch.complex128 if rows.is_complex() else torch.float64)
 
 
 def _rows(before: LazyTensor, after: LazyTensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The same rows of both, in one dtype if they have one, else in float64."""
     read_old, read_new = before.open(), after.open()
     local = before.row_local and after.row_local
     for start, stop in row_chunks(before.spec) if local else [(0, before.spec.rows)]:
-        yield read_old(start, stop).double(), read_new(start, stop).double()
+        old, new = read_old(start, stop), read_new(start, stop)
+        yield (old, new) if old.dtype == new.dtype and old.element_size() > 1 else (_wide(old), _wide(new))
 
 
 def _files(
@@ -129,9 +147,18 @@ def _files(
             files[name] = "added" if old is None else "removed"
         elif old.read() == new.read():
             continue
-        elif name.endswith(".json") and "/" not in name and not name.startswith(("tokenizer.json", "vocab")):
-            if change := difference(before.json(name), after.json(name)):
-                json[name] = change
-        else:
+        elif (change := _json_change(name, before, after)) is None:
             files[name] = "changed"
+        elif change:
+            json[name] = change
     return json, files
+
+
+def _json_change(name: str, before: Checkpoint, after: Checkpoint) -> dict[str, Any] | None:
+    """How a JSON file has changed, key by key; None where it is not to be shown that way, or is no object."""
+    if not name.endswith(".json") or "/" in name or name.startswith(("tokenizer.json", "vocab")):
+        return None
+    try:
+        return difference(before.json(name), after.json(name))
+    except InputError:
+        return None
