@@ -40,9 +40,12 @@ def apply(
     from regraft.core.execute import ApplyOptions, Events
     from regraft.core.execute import apply as run
     from regraft.core.host import host
+    from regraft.core.recipe.wording import either
 
     if verify not in (None, *DEPTHS):
-        raise UsageError("unknown depth", where="--verify", expected=" or ".join(DEPTHS), found=verify)
+        raise UsageError(
+            "unknown depth", where="--verify", expected=either(DEPTHS), remedy="name one of these", found=verify
+        )
     parsed = validated(recipe, overrides)
     target = target_of(parsed, output)
     options = ApplyOptions(device, threads, force, link, durable, strict, verify, save_patches)

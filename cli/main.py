@@ -98,7 +98,11 @@ def run(arguments: list[str] | None = None) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
-        code = app(args=[argument for argument in given if argument != "--traceback"], standalone_mode=False)
+        code = app(
+            args=[argument for argument in given if argument != "--traceback"],
+            prog_name="regraft",
+            standalone_mode=False,
+        )
         sys.stdout.flush()
     except Interrupted:
         code = interrupted(as_json=as_json)

@@ -26,10 +26,13 @@ def verify(
     """Verify a checkpoint: headers, config against tensors, tokenizer, digests of the lock file."""
     from regraft.core.errors import UsageError, VerificationError
     from regraft.core.host import host
+    from regraft.core.recipe.wording import either
     from regraft.core.verify.folder import verify_folder
 
     if depth not in DEPTHS:
-        raise UsageError("unknown depth", where="--depth", expected=" or ".join(DEPTHS), found=depth)
+        raise UsageError(
+            "unknown depth", where="--depth", expected=either(DEPTHS), remedy="name one of these", found=depth
+        )
     report = verify_folder(folder, host().architectures(), depth=cast(Any, depth), deep=deep, trust=trust_remote_code)
     if as_json:
         print_json(as_document(report, depth, deep=deep))

@@ -17,7 +17,7 @@ from regraft.core.jsonio import dump
 from regraft.core.layout import Layout, lay_out
 from regraft.core.output_file import resources
 from regraft.core.patch import Patch, overlay
-from regraft.core.plan import Plan, PlannedStep, blaming, make_plan, output_patches
+from regraft.core.plan import Plan, PlannedStep, blaming, make_plan, open_base, output_patches
 from regraft.core.requirements import check_resources, worker_count
 from regraft.core.saved_patches import check_patch_folders, save_patches
 from regraft.core.sources.folder import CARD, INDEX, LOCK, open_folder
@@ -85,15 +85,16 @@ class ApplyReport:
 
 
 def prepare(recipe: Recipe, host: Host, options: ApplyOptions) -> tuple[Plan, list[Finding]]:
-    """Plan `recipe` and look at its base; writes nothing.
+    """Look at the base of `recipe`, and plan; writes nothing.
 
     Raises:
         InputError: the base contradicts itself.
         RegraftError: as `make_plan`.
     """
-    plan = make_plan(recipe, host, threads=worker_count(options.threads))
-    findings = check_structure(plan.base, host.architectures())
+    base = open_base(recipe, host)
+    findings = check_structure(base, host.architectures())
     raise_findings(findings, InputError)
+    plan = make_plan(recipe, base, host, threads=worker_count(options.threads))
     return plan, findings
 
 

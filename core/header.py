@@ -23,6 +23,9 @@ MAX_HEADER_BYTES = 100_000_000
 _MAX_ELEMENTS = 1 << 60
 _ALIGNMENT = 8
 _METADATA = "__metadata__"
+_POINTER = b"version "
+"""How the small text files begin that a clone without Git LFS has in place of weights."""
+
 _REDOWNLOAD = "the file is damaged or incomplete: fetch it again"
 
 
@@ -105,6 +108,14 @@ def _place(path: Path, name: str) -> str:
 def _header_length(path: Path, prefix: bytes, size: int) -> int:
     if len(prefix) < 8:
         raise _fault("is too short for a safetensors file", path, "at least 8 bytes", f"{size} bytes")
+    if prefix == _POINTER:
+        raise InputError(
+            "is a Git LFS pointer, not the file that it stands for",
+            where=path,
+            expected="a safetensors file",
+            found=f"{size} bytes of text",
+            remedy="run `git lfs pull` in its folder, or fetch the file again",
+        )
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
         raise InputError(

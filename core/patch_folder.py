@@ -10,12 +10,14 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from regraft.core.checkpoint import Checkpoint, FileRef
-from regraft.core.errors import InputError, UsageError
+from regraft.core.errors import InputError, PluginError, ResourceError, UsageError
 from regraft.core.header import render_header
-from regraft.core.jsonio import dump, read_object
+from regraft.core.jsonio import brief, dump, read_object
 from regraft.core.low_rank import LowRankDelta
 from regraft.core.operations import Convert, Operation, ScaleRows, Value
 from regraft.core.patch import Edit, Patch, Renamed
@@ -27,8 +29,42 @@ _DOCUMENT, _TENSORS, _FILES = "patch.json", "tensors.safetensors", "files"
 _KINDS: Mapping[str, type[Operation]] = {kind.kind: kind for kind in (Value, Convert, ScaleRows, LowRankDelta)}
 
 
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class _SavedSpec(_Strict):
+    name: str
+    dtype: Literal[tuple(ITEM_BYTES)]  # type: ignore[valid-type]
+    shape: list[NonNegativeInt]
+
+    def spec(self) -> TensorSpec:
+        return TensorSpec(self.name, self.dtype, tuple(self.shape))
+
+
+class _SavedEdit(_Strict):
+    dtype: Literal[tuple(ITEM_BYTES)]  # type: ignore[valid-type]
+    shape: list[NonNegativeInt]
+    operation: Literal[tuple(_KINDS)]  # type: ignore[valid-type]
+    parameters: dict[str, Any]
+    operands: dict[str, str]
+    inputs: list[_SavedSpec]
+
+
+class _Document(_Strict):
+    schema_: int = Field(alias="schema")
+    edits: dict[str, _SavedEdit]
+    removals: list[str]
+    renames: dict[str, str]
+    json_: dict[str, dict[str, Any]] = Field(alias="json")
+    files: list[str]
+    dropped: dict[str, str]
+    metrics: dict[str, Any]
+    notes: list[str]
+
+
 def save_patch(patch: Patch, below: Checkpoint, above: Checkpoint, folder: Path) -> None:
-    """Save `patch` as the folder `folder`.
+    """Save `patch` as the folder `folder`, which appears complete or not at all.
 
     Args:
         patch: what a step returned.
@@ -38,11 +74,25 @@ def save_patch(patch: Patch, below: Checkpoint, above: Checkpoint, folder: Path)
 
     Raises:
         UsageError: the folder exists.
+        ResourceError: it cannot be written.
+        PluginError: the patch holds metrics or parameters that are not JSON.
     """
     if folder.exists():
         raise UsageError("the folder for the patch exists already", where=folder, remedy="remove it, or choose another")
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write(patch, below, above, partial)
+        partial.rename(folder)
+    except OSError as error:
+        raise ResourceError(
+            f"the patch cannot be saved: {error.strerror}", where=folder, remedy="choose another --save-patches folder"
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(patch: Patch, below: Checkpoint, above: Checkpoint, partial: Path) -> None:
     (partial / _FILES).mkdir(parents=True)
     tensors: dict[str, LazyTensor] = {}
     edits = {name: _save_edit(name, edit, below, above, tensors) for name, edit in patch.edits.items()}
@@ -62,8 +112,18 @@ def save_patch(patch: Patch, below: Checkpoint, above: Checkpoint, folder: Path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(file.read())
     _write_tensors(partial / _TENSORS, tensors)
-    (partial / _DOCUMENT).write_bytes(dump(document))
-    partial.rename(folder)
+    (partial / _DOCUMENT).write_bytes(_rendered(document))
+
+
+def _rendered(document: Mapping[str, Any]) -> bytes:
+    try:
+        return dump(document)
+    except (TypeError, ValueError) as error:
+        raise PluginError(
+            "a patch holds metrics or parameters that are not JSON",
+            found=error,
+            remedy="report it to the author of the step's plugin",
+        ) from None
 
 
 def load_patch(folder: Path) -> tuple[Patch, dict[str, TensorSpec]]:
@@ -72,41 +132,52 @@ def load_patch(folder: Path) -> tuple[Patch, dict[str, TensorSpec]]:
     Raises:
         InputError: it is no patch folder, or its contents contradict each other.
     """
-    if not (folder / _DOCUMENT).is_file():
+    document = _read_document(folder)
+    stored = WeightFile(folder / _TENSORS).tensors()
+    try:
+        edits = {name: _load_edit(name, item, stored) for name, item in document.edits.items()}
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise _malformed(folder, f"{type(error).__name__}: {error}") from None
+    patch = Patch(
+        edits=edits,
+        removals=frozenset(document.removals),
+        renames=document.renames,
+        json=document.json_,
+        files={name: _file(name, folder) for name in document.files},
+        dropped=document.dropped,
+        metrics=document.metrics,
+        notes=tuple(document.notes),
+    )
+    return patch, {spec.name: spec.spec() for item in document.edits.values() for spec in item.inputs}
+
+
+def _read_document(folder: Path) -> _Document:
+    path = folder / _DOCUMENT
+    if not path.is_file():
         raise InputError(
-            f"is not a saved patch: it has no {_DOCUMENT}", where=folder, expected="a folder from --save-patches"
+            f"is not a saved patch: it has no {_DOCUMENT}",
+            where=folder,
+            expected="a folder from --save-patches",
+            remedy="name the folder NAME.regraft itself",
         )
-    document = read_object(folder / _DOCUMENT)
+    document = read_object(path)
     if document.get("schema") != PATCH_SCHEMA:
         raise InputError(
             "a patch of another version",
-            where=folder / _DOCUMENT,
+            where=path,
             expected=f"schema {PATCH_SCHEMA}",
-            found=document.get("schema"),
+            found=brief(document.get("schema")),
             remedy="save it again with this regraft",
         )
-    stored = WeightFile(folder / _TENSORS).tensors()
-    reads: dict[str, TensorSpec] = {}
     try:
-        edits = {name: _load_edit(name, item, stored, reads) for name, item in document["edits"].items()}
-        patch = Patch(
-            edits=edits,
-            removals=frozenset(document["removals"]),
-            renames=document["renames"],
-            json=document["json"],
-            files={name: FileRef(folder / _FILES / _inside(name, folder)) for name in document["files"]},
-            dropped=document["dropped"],
-            metrics=document["metrics"],
-            notes=tuple(document["notes"]),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(
-            "the saved patch is malformed",
-            where=folder / _DOCUMENT,
-            found=f"{type(error).__name__}: {error}",
-            remedy="save it again",
-        ) from None
-    return patch, reads
+        return _Document.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _malformed(folder, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _malformed(folder: Path, found: str) -> InputError:
+    return InputError("the saved patch is malformed", where=folder / _DOCUMENT, found=found, remedy="save it again")
 
 
 def _save_edit(
@@ -123,7 +194,7 @@ def _save_edit(
         "operation": operation.kind,
         "parameters": dict(operation.parameters),
         "operands": operands,
-        "inputs": [_spec_json(below.specs[source]) for source in operation.inputs],
+        "inputs": [_spec_json(below.specs[source]) for source in edit.operation.inputs],
     }
 
 
@@ -131,28 +202,30 @@ def _spec_json(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
 
 
-def _load_edit(
-    name: str, item: Mapping[str, Any], stored: Mapping[str, LazyTensor], reads: dict[str, TensorSpec]
-) -> Edit:
-    inputs = [TensorSpec(source["name"], source["dtype"], tuple(source["shape"])) for source in item["inputs"]]
-    reads.update({spec.name: spec for spec in inputs})
-    operands = {role: stored[key] for role, key in item["operands"].items()}
-    operation = _KINDS[item["operation"]].restore(tuple(spec.name for spec in inputs), item["parameters"], operands)
-    if item["dtype"] not in ITEM_BYTES:
-        raise ValueError(f"unknown dtype {item['dtype']}")
-    return Edit(TensorSpec(name, item["dtype"], tuple(item["shape"])), operation)
+def _load_edit(name: str, item: _SavedEdit, stored: Mapping[str, LazyTensor]) -> Edit:
+    spec = TensorSpec(name, item.dtype, tuple(item.shape))
+    if missing := [key for key in item.operands.values() if key not in stored]:
+        raise ValueError(f"{_TENSORS} has no {missing[0]}")
+    operands = {role: stored[key] for role, key in item.operands.items()}
+    inputs = tuple(source.name for source in item.inputs)
+    operation = _KINDS[item.operation].restore(inputs, item.parameters, operands)
+    if isinstance(operation, Value) and operation.tensor.spec.shape != spec.shape:
+        raise ValueError(f"{name} is stored as {list(operation.tensor.spec.shape)}, not {list(spec.shape)}")
+    return Edit(spec, operation)
 
 
-def _inside(name: str, folder: Path) -> str:
+def _file(name: str, folder: Path) -> FileRef:
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
+    if path.is_absolute() or ".." in path.parts or "\0" in name:
         raise InputError(
             "the saved patch names a path outside its folder",
             where=folder / _DOCUMENT,
-            found=name,
+            found=ascii(name),
             remedy="do not trust this patch",
         )
-    return name
+    if not (folder / _FILES / name).is_file():
+        raise InputError("a file of the saved patch is missing", where=folder / _FILES / name, remedy="save it again")
+    return FileRef(folder / _FILES / name)
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
@@ -163,4 +236,4 @@ def _write_tensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
         file.write(render_header(specs, {"format": "pt"}))
         for tensor in tensors.values():
             values = tensor.load().contiguous().reshape(-1)
-            file.write(memoryview(values.view(torch.uint8).numpy()) if values.numel() else b"")
+            file.write(values.view(torch.uint8).numpy().data)

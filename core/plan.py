@@ -90,15 +90,23 @@ class Plan:
         return any(tensor.raw is None for tensor in self.result.tensors.values())
 
 
-def make_plan(recipe: Recipe, host: Host, *, threads: int) -> Plan:
-    """Resolve the base and the steps of `recipe`, and lay out the output.
+def open_base(recipe: Recipe, host: Host) -> Checkpoint:
+    """The base of `recipe`, headers validated.
 
     Raises:
-        InputError: the base or a file that a step reads is not valid.
+        InputError: there is none, or it is not valid.
+    """
+    return open_checkpoint(recipe.base.model, revision=recipe.base.revision, extra=host.sources())
+
+
+def make_plan(recipe: Recipe, base: Checkpoint, host: Host, *, threads: int) -> Plan:
+    """Resolve the steps of `recipe` on its base, and lay out the output.
+
+    Raises:
+        InputError: a file that a step reads is not valid.
         Unsupported: a step cannot be applied to this base.
         PluginError: a plugin broke its contract.
     """
-    base = open_checkpoint(recipe.base.model, revision=recipe.base.revision, extra=host.sources())
     checkpoint = base
     steps = []
     for step in recipe.steps:

@@ -14,6 +14,8 @@ from regraft.core.verify.load import Depth, verify_load
 from regraft.core.verify.lock import check_lock, scan_values
 from regraft.core.verify.structure import Finding, check_structure
 
+_REMEDY = "take the weights from before they were spoilt"
+
 
 @dataclass(frozen=True)
 class VerifyReport:
@@ -64,7 +66,7 @@ def verify_folder(
     findings += from_lock
     if deep:
         findings += [
-            Finding("the tensor is not finite", f"{folder}: {name}", "finite numbers", str(count))
+            Finding("the tensor is not finite", f"{folder}: {name}", "finite numbers", str(count), _REMEDY)
             for name, count in scan_values(checkpoint).items()
         ]
     stock: Mapping[str, Any] = {}

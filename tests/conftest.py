@@ -1,0 +1,30 @@
+"""Tiny checkpoints that many tests read; a test that changes one takes a copy."""
+
+import shutil
+
+import pytest
+
+from tests.families import save_tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """Called with a family (and options of `save_tiny`), the folder of its tiny checkpoint; made once, read only."""
+    made = {}
+
+    def folder(family="llama", **options):
+        key = (family, *sorted(options.items()))
+        if key not in made:
+            settings = {"shards": "60KB", "tokenizer": True, **options}
+            made[key] = save_tiny(family, tmp_path_factory.mktemp("tiny") / family, **settings)
+        return made[key]
+
+    return folder
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, tiny_folder):
+    """A current folder with a copy of the tiny llama in `base`."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_folder("llama"), "base")
+    return tmp_path
