@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _OUTPUT = "the output"
 """How messages name the checkpoint that is not yet in its place."""
+_REMEDY = "something else has changed the work folder, or the disk is failing: try again"
 
 
 @dataclass(frozen=True)
@@ -247,13 +248,23 @@ def verify_output(plan: Plan, result: Checkpoint, output: Path, options: ApplyOp
     try:
         written = open_folder(output, label=_OUTPUT)
     except InputError as error:
-        raise VerificationError(f"the output cannot be read back: {error.message}", where=error.where) from None
-    if written.specs != result.specs and dict(written.specs) != dict(result.specs):
-        raise VerificationError("the written tensors are not those of the plan", where=_OUTPUT)
+        where = (error.where or "").replace(str(output), _OUTPUT, 1)
+        raise VerificationError(
+            f"cannot be read back: {error.message}", where=where, expected=error.expected, found=error.found,
+            remedy=_REMEDY,
+        ) from None  # fmt: skip
+    if dict(written.specs) != dict(result.specs):
+        names = [*result.specs, *written.specs]
+        name = next(name for name in names if written.specs.get(name) != result.specs.get(name))
+        raise VerificationError(
+            "the written tensors are not those of the plan", where=f"{_OUTPUT}: {name}",
+            expected=result.specs.get(name, "no such tensor"), found=written.specs.get(name, "no such tensor"),
+            remedy=_REMEDY,
+        )  # fmt: skip
     stray = set(written.files) - set(result.files) - {CARD}
     if stray:
         raise VerificationError(
-            "the output has files that nothing wrote", where=_OUTPUT, found=", ".join(sorted(stray))
+            "it has files that nothing wrote", where=_OUTPUT, found=", ".join(sorted(stray)), remedy=_REMEDY
         )
     vocabulary = not same_vocabulary(plan.base, result)
     findings = check_structure(dequantised(written), host.architectures(), vocabulary=vocabulary)
