@@ -120,10 +120,11 @@ def test_shards_that_no_longer_fit_are_packed_anew(sharded):
 
 
 def test_a_single_large_tensor_of_the_base_keeps_its_shard(tmp_path):
-    tensors = {"big": torch.zeros(100, dtype=torch.uint8), "small": torch.zeros(4, dtype=torch.uint8)}
-    base = open_folder(write_checkpoint(tmp_path, tensors, shards=2), label="m")
+    sizes = {"big": 100, "small": 4, "tiny": 2}
+    tensors = {name: torch.zeros(size, dtype=torch.uint8) for name, size in sizes.items()}
+    base = open_folder(write_checkpoint(tmp_path, tensors, shards=3), label="m")
     layout = lay_out(base, 8)
-    assert groups(layout) == [["big"], ["small"]]
+    assert groups(layout) == [["big"], ["small"], ["tiny"]]
     assert all(shard.source for shard in layout.shards)
 
 

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -80,6 +81,24 @@ class Raises(Operation):
             raise self.error
 
         return fail
+
+
+@dataclass(frozen=True)
+class Alone(Flip):
+    """Notes how many of its kind compute at once."""
+
+    running: list[int]
+    most: list[int]
+
+    def prepare(self, device):
+        def flip(start, stop, rows):
+            self.running.append(start)
+            time.sleep(0.01)
+            self.most.append(len(self.running))
+            self.running.pop()
+            return rows.flip(0)
+
+        return flip
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +318,13 @@ def test_few_files_are_open_at_a_time(out):
     )  # fmt: skip
     assert len(list(out.iterdir())) == 60
     assert max(most) <= 2 * QUICK.threads
+
+
+def test_tensors_that_are_computed_whole_are_computed_one_at_a_time(out):
+    checkpoint, running, most = in_memory(**{f"t{number}": torch.ones(4) for number in range(8)}), [], []
+    edits = {name: Edit(spec, Alone(name, running, most)) for name, spec in checkpoint.specs.items()}
+    write(overlay(checkpoint, Patch(edits=edits), by="s"), out, replace(QUICK, threads=4))
+    assert most == [1] * 8
 
 
 def test_the_threads_of_torch_are_given_back(base, out):
