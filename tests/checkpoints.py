@@ -95,14 +95,3 @@ def same_bits(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]
         tensor.dtype == other[name].dtype and tensor.shape == other[name].shape and bits(tensor) == bits(other[name])
         for name, tensor in one.items()
     )
-
-
-def descriptors() -> set[str]:
-    """The files that this process has open."""
-    open_files = set()
-    for link in Path("/proc/self/fd").iterdir():
-        try:
-            open_files.add(str(link.readlink()))
-        except OSError:
-            continue
-    return open_files

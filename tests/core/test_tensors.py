@@ -13,7 +13,8 @@ from regraft.core.buffers import PAGE_BYTES, phased_empty
 from regraft.core.errors import InputError, PluginError
 from regraft.core.specs import ITEM_BYTES, TensorSpec, dtype_code, spec_of, torch_dtype
 from regraft.core.tensors import MemoryTensor, PromisedTensor, WeightFile, check_rows, row_chunks
-from tests.checkpoints import bits, descriptors, file_bytes, same_bits
+from tests.checkpoints import bits, file_bytes, same_bits
+from tests.helpers import descriptors
 
 CODES = sorted(ITEM_BYTES)
 SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)

@@ -13,6 +13,7 @@ from regraft.core import transfer
 from regraft.core.buffers import CHUNK_BYTES, PAGE_BYTES, write_all
 from regraft.core.errors import InputError
 from regraft.core.transfer import clone_file, copy_range, hash_range, labelled, new_hasher, preallocate
+from tests.helpers import raising
 
 CONTENT = os.urandom(3 * CHUNK_BYTES + 12345)
 
@@ -35,13 +36,6 @@ def target(tmp_path):
 
 def contents(descriptor):
     return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
-
-
-def raising(code):
-    def fail(*arguments):
-        raise OSError(code, os.strerror(code))
-
-    return fail
 
 
 @pytest.mark.parametrize("algorithm", [None, "xxh3", "sha256", "none"])
