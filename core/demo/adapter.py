@@ -84,7 +84,9 @@ def write(model: Any, output: Path) -> None:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m regraft.core.demo.adapter", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m regraft.core.demo.adapter", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--text", type=Path, required=True, help="the output of `bible -f gen1:1-rev22:21`")
     parser.add_argument("--output", type=Path, default=Path("quickstart-adapter"), help="folder to write")
     parser.add_argument("--steps", type=int, default=STEPS)
