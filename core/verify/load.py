@@ -38,8 +38,9 @@ def verify_load(
     """
     report, where = _run(folder, depth, trust), label or str(folder)
     if "error" in report:
+        verb = "compute with" if report.get("stage") == "forward" else "load"
         raise VerificationError(
-            "stock transformers cannot load it", where=where, found=report["error"], remedy="see what it says"
+            f"stock transformers cannot {verb} it", where=where, found=report["error"], remedy="see what it says"
         )
     for key, message in _MESSAGES.items():
         names = [name for name in report[key] if not name.endswith(_IGNORED)]

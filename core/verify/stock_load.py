@@ -40,13 +40,15 @@ def main() -> None:
     """Print one JSON object, the last line of stdout."""
     folder, depth, trust = sys.argv[1], sys.argv[2], sys.argv[3] == "1"
     warnings.simplefilter("ignore")
+    stage = "load"
     try:
         model, report = load(folder, trust)
         report["class"] = type(model).__name__
         if depth == "forward":
+            stage = "forward"
             report.update(forward(model))
     except Exception as error:
-        report = {"error": f"{type(error).__name__}: {error}"}
+        report = {"error": f"{type(error).__name__}: {error}", "stage": stage}
     print("\n" + json.dumps(report))
 
 

@@ -34,6 +34,7 @@ def stand_in(monkeypatch):
     ("facts", "words"),
     [
         ({"error": "ValueError: no such class"}, ["cannot load", "ValueError: no such class"]),
+        ({"error": "RuntimeError: shape", "stage": "forward"}, ["cannot compute with", "RuntimeError: shape"]),
         ({"missing_keys": ["a.weight"]}, ["misses tensors", "a.weight"]),
         (
             {"unexpected_keys": [f"t{number}" for number in range(9)]},
