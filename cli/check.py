@@ -29,6 +29,6 @@ def check(
         return
     for finding in findings:
         print(f"note: {finding}")
-    print(
-        f"{parsed.name}: {len(parsed.steps)} steps, no errors" + (" (the base was not opened)" if recipe_only else "")
-    )
+    count = len(parsed.steps)
+    steps = f"{count} {'step' if count == 1 else 'steps'}"
+    print(f"{parsed.name}: {steps}, no errors" + (" (the base was not opened)" if recipe_only else ""))

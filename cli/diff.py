@@ -55,7 +55,9 @@ def _print(found: Difference, limit: int | None) -> None:
         print(f"{name}: {json.dumps(change, ensure_ascii=False)}")
     for name, kind in found.files.items():
         print(f"{name}: {kind}")
-    summary = f"{len(found.tensors)} tensors differ, {found.equal_tensors} are equal"
+    count = len(found.tensors)
+    differ = "1 tensor differs" if count == 1 else f"{count} tensors differ"
+    summary = f"{differ}, {found.equal_tensors} are equal"
     print(summary if found else f"no difference ({found.equal_tensors} tensors)")
 
 

@@ -12,6 +12,7 @@ from regraft.cli.options import Json, RecipeName, Set, Threads, validated
 
 if TYPE_CHECKING:
     from regraft.core.plan import Plan
+    from regraft.core.verify import Finding
 
 
 def plan(
@@ -34,6 +35,7 @@ def plan(
     target = output or parsed.output.path
     if target is not None:
         check_target(target, force=True, inputs=tuple(inputs_of(made)))
+        findings += _needs_force(target)
         check_resources(made, target, link=link)
     document = as_document(made, disk_bytes(made, link=link))
     if as_json:
@@ -42,6 +44,15 @@ def plan(
     for finding in findings:
         print(f"note: {finding}")
     _print(made, document, tensors=tensors)
+
+
+def _needs_force(target: Path) -> list[Finding]:
+    if not (target.is_dir() and any(target.iterdir())):
+        return []
+    from regraft.core.verify import Finding
+
+    message = "the target is not empty: apply needs --force, which replaces it whole"
+    return [Finding(message, str(target), fatal=False)]
 
 
 def as_document(made: Plan, disk: int) -> dict[str, Any]:

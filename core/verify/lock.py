@@ -15,7 +15,7 @@ from regraft.core.provenance import sha256
 from regraft.core.sources.folder import INDEX, LOCK
 from regraft.core.tensors import LazyTensor
 from regraft.core.transfer import hash_range, labelled, new_hasher
-from regraft.core.verify.structure import Finding
+from regraft.core.verify.structure import Finding, are
 
 _ALGORITHMS = ("xxh3", "sha256")
 _REMEDY = "write the checkpoint again, or fetch it again"
@@ -99,7 +99,7 @@ def _unknown_files(checkpoint: Checkpoint, stated: Mapping[str, Any]) -> list[Fi
     unknown = [name for name in (*checkpoint.files, *checkpoint.left_behind) if name not in {*stated, LOCK, INDEX}]
     if not unknown:
         return []
-    message = f"{len(unknown)} files are there that the lock file does not name"
+    message = f"{are(len(unknown), 'file')} there that the lock file does not name"
     return [Finding(message, checkpoint.label, found=_shown(unknown), fatal=False)]
 
 
@@ -108,7 +108,7 @@ def _undigested(checkpoint: Checkpoint, stated: Mapping[str, Mapping[str, Any]])
     without = [name for name, facts in stated.items() if facts.get("digest") is None]
     if not without:
         return []
-    message = f"the lock file has no digest of {len(without)} tensors, so their bytes were not compared"
+    message = f"{are(len(without), 'tensor')} without a digest in the lock file, so the bytes were not compared"
     return [Finding(message, checkpoint.label, found=_shown(without), fatal=False)]
 
 

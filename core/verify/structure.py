@@ -67,6 +67,11 @@ def same_vocabulary(before: Checkpoint, after: Checkpoint) -> bool:
     return shapes[0] == shapes[1] and before.files.get(TOKENIZER) == after.files.get(TOKENIZER)
 
 
+def are(count: int, noun: str) -> str:
+    """`1 tensor is`, `3 tensors are`."""
+    return f"{count} {noun} is" if count == 1 else f"{count} {noun}s are"
+
+
 def raise_findings(findings: Sequence[Finding], kind: type[RegraftError]) -> None:
     """Raise the first fatal finding as `kind`, with the number of the others."""
     fatal = [finding for finding in findings if finding.fatal]
@@ -111,7 +116,7 @@ def _tensors(checkpoint: Checkpoint, architecture: Architecture) -> Iterator[Fin
     if extra:
         shown = ", ".join(extra[:_SHOWN]) + (", ..." if len(extra) > _SHOWN else "")
         yield Finding(
-            f"{len(extra)} tensors are unknown to the config and carried as they are",
+            f"{are(len(extra), 'tensor')} unknown to the config and carried unchanged",
             checkpoint.label,
             found=shown,
             fatal=False,
