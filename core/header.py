@@ -84,17 +84,28 @@ def render_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> b
     Raises:
         PluginError: two tensors of one name, or one with the name that the format keeps for metadata.
     """
-    document: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    entries = {_METADATA: render_entry(_METADATA, dict(metadata))} if metadata else {}
     offset = 0
     for spec in specs:
-        if spec.name in document or spec.name == _METADATA:
+        if spec.name in entries or spec.name == _METADATA:
             raise PluginError("a file cannot hold a tensor of this name, or holds one already", where=spec.name)
-        end = offset + spec.nbytes
-        document[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+        entries[spec.name] = render_tensor(spec, offset)
+        offset += spec.nbytes
+    text = b"{" + b",".join(entries.values()) + b"}"
     text += b" " * (-len(text) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
+
+
+def render_tensor(spec: TensorSpec, begin: int) -> bytes:
+    """The entry of one tensor whose bytes begin at `begin`, counted from the end of the header."""
+    offsets = [begin, begin + spec.nbytes]
+    return render_entry(spec.name, {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": offsets})
+
+
+def render_entry(name: str, value: Mapping[str, Any]) -> bytes:
+    """One entry of a header, as few bytes as JSON allows."""
+    name_text = json.dumps(name, ensure_ascii=False)
+    return f"{name_text}:{json.dumps(value, separators=(',', ':'), ensure_ascii=False)}".encode()
 
 
 def _fault(message: str, where: object, expected: object, found: object) -> InputError:

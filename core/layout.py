@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from regraft.core.checkpoint import Checkpoint
-from regraft.core.header import render_header
+from regraft.core.header import render_header, render_tensor
 from regraft.core.jsonio import dump
 from regraft.core.sources.folder import INDEX, SINGLE
 from regraft.core.specs import TensorSpec
@@ -17,6 +16,9 @@ from regraft.core.tensors import FileTensor, LazyTensor
 
 METADATA = {"format": "pt"}
 """What transformers writes into the header of every file, and older readers ask for."""
+
+_PADDING_BYTES = 7
+"""A header ends at a multiple of 8."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,10 @@ class Shard:
         """Size of the file."""
         first = self.tensors[0].raw if self.source is not None else None
         return (first.offset if first else len(self.header)) + sum(tensor.spec.nbytes for tensor in self.tensors)
+
+    def fits(self, shard_bytes: int) -> bool:
+        """Whether the file is no larger than that, or holds a single tensor and cannot be smaller."""
+        return len(self.tensors) <= 1 or self.nbytes <= shard_bytes
 
     def offsets(self) -> Iterable[tuple[LazyTensor, int]]:
         """Every tensor with the offset of its bytes in the file."""
@@ -72,49 +78,50 @@ class Layout:
 
 
 def lay_out(checkpoint: Checkpoint, shard_bytes: int) -> Layout:
-    """Spread the tensors of `checkpoint` over files whose tensors have at most `shard_bytes` together (a larger tensor
-    gets a file of its own; headers are not counted, as elsewhere).
+    """Spread the tensors of `checkpoint` over files of at most `shard_bytes`, header and all (a larger tensor gets a
+    file of its own).
 
     The base's own shards are kept while all of them fit, so that an untouched one can be copied or linked whole.
     Otherwise tensors are packed in order.
     """
-    groups = _base_groups(checkpoint)
-    if groups is None or any(_size(group) > shard_bytes for group in groups if len(group) > 1):
-        groups = _packed(checkpoint.tensors.values(), shard_bytes)
+    kept = _shards(_base_groups(checkpoint))
+    if kept and all(shard.fits(shard_bytes) for shard in kept):
+        return Layout(kept)
+    return Layout(_shards(_packed(checkpoint.tensors.values(), shard_bytes)))
+
+
+def _shards(groups: list[list[LazyTensor]]) -> tuple[Shard, ...]:
     count = len(groups)
     names = (
         [SINGLE] if count == 1 else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     )
-    return Layout(
-        tuple(Shard(name, tuple(group), _same_file(group)) for name, group in zip(names, groups, strict=True))
-    )
+    return tuple(Shard(name, tuple(group), _same_file(group)) for name, group in zip(names, groups, strict=True))
 
 
-def _base_groups(checkpoint: Checkpoint) -> list[list[LazyTensor]] | None:
+def _base_groups(checkpoint: Checkpoint) -> list[list[LazyTensor]]:
+    """The tensors by the base's files, added ones in the last; nothing where there are none."""
     if not checkpoint.shards:
-        return None
+        return []
     groups: dict[str, list[LazyTensor]] = {}
     last = list(checkpoint.shards.values())[-1]
     for name, tensor in checkpoint.tensors.items():
         groups.setdefault(checkpoint.shards.get(name, last), []).append(tensor)
-    return list(groups.values()) or [[]]
+    return list(groups.values())
 
 
 def _packed(tensors: Iterable[LazyTensor], shard_bytes: int) -> list[list[LazyTensor]]:
     groups: list[list[LazyTensor]] = [[]]
-    free: float = math.inf
+    empty = len(render_header((), METADATA)) + _PADDING_BYTES
+    header, data = empty, 0
     for tensor in tensors:
-        if tensor.spec.nbytes > free:
+        entry, nbytes = len(render_tensor(tensor.spec, data)) + 1, tensor.spec.nbytes
+        if groups[-1] and header + entry + data + nbytes > shard_bytes:
             groups.append([])
-        if not groups[-1]:
-            free = shard_bytes
+            header, data = empty, 0
+            entry = len(render_tensor(tensor.spec, data)) + 1
         groups[-1].append(tensor)
-        free -= tensor.spec.nbytes
+        header, data = header + entry, data + nbytes
     return groups
-
-
-def _size(group: list[LazyTensor]) -> int:
-    return sum(tensor.spec.nbytes for tensor in group)
 
 
 def _same_file(group: list[LazyTensor]) -> Path | None:
