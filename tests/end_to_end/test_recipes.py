@@ -1,0 +1,83 @@
+"""Every recipe that ships with regraft is run, is exact as planned, verifies, and loads in stock transformers."""
+
+from pathlib import Path
+
+import pytest
+
+from regraft.core.demo import TINY
+from regraft.core.recipe.shipped import shipped_names, shipped_path, shipped_text
+from tests.running import done
+
+RECORDS = {"README.md", "regraft.lock.json"}
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """The folder that each recipe wrote, by name."""
+    folder = tmp_path_factory.mktemp("recipes")
+    for name in shipped_names():
+        done("apply", name, "--output", folder / name, "--no-durable")
+    return {name: folder / name for name in shipped_names()}
+
+
+def test_there_are_recipes_and_they_lie_in_one_folder():
+    assert "quickstart" in shipped_names()
+    files = {path.stem for path in Path(__file__).parents[2].joinpath("recipes").glob("*.toml")}
+    assert set(shipped_names()) == files
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_it_says_what_it_does(name):
+    """The first line is what `regraft recipes` shows."""
+    first = shipped_text(name).splitlines()[0]
+    assert first.startswith("# ")
+    assert len(first) > 20
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_check_plan_apply_verify(name, outputs):
+    assert done("check", name).out.endswith("no errors\n")
+    plan = done("plan", name, "--json", "--output", outputs[name].parent / "new").json
+    sizes = {
+        path.relative_to(outputs[name]).as_posix(): path.stat().st_size
+        for path in outputs[name].rglob("*")
+        if path.is_file() and path.name not in RECORDS
+    }
+    assert {**plan["weight_files"], **plan["files"]} == sizes
+    report = done("verify", outputs[name], "--deep", "--json").json
+    assert report["findings"] == []
+    assert report["digests_that_agree"] > 10
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_names() if 'quantize = "' not in shipped_text(name)])
+def test_stock_transformers_loads_the_result_and_it_still_speaks(name, outputs):
+    """Without code of ours, with every key in place, and with about the base's loss on a sentence."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def loss(folder):
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        ids = AutoTokenizer.from_pretrained(folder)("In the beginning", return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            return model.eval()(ids, labels=ids).loss.item()
+
+    assert abs(loss(outputs[name]) - loss(TINY)) < 1.5
+
+
+def test_quickstart_says_how_to_use_the_result(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran = done("apply", "quickstart")
+    lines = ran.out.splitlines()
+    assert lines[-2].startswith("wrote out/quickstart: ")
+    assert lines[-1] == 'use it: AutoModelForCausalLM.from_pretrained("out/quickstart")'
+    assert ran.err == ""
+
+
+def test_a_copied_recipe_does_what_the_shipped_one_does(tmp_path, monkeypatch, outputs):
+    monkeypatch.chdir(tmp_path)
+    done("recipes", "copy", "yarn")
+    done("apply", "yarn.toml")
+    shipped = outputs["yarn"]
+    assert (tmp_path / "out/yarn/config.json").read_bytes() == (shipped / "config.json").read_bytes()
+    assert shipped_path("yarn").is_file()
