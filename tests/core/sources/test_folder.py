@@ -19,8 +19,8 @@ from regraft.core.sources.folder import open_folder
 from tests.checkpoints import INDEX, SINGLE, entry, file_bytes, same_bits, write_checkpoint
 from tests.core.malformed import GOOD, ONE, TWO, Case, file_cases, folder_cases
 
-SMALL_BYTES = 24 << 20
-"""Room for the JSON of a header of 3 MB, and not for what a lying header asks for."""
+SMALL_BYTES = 8 << 20
+"""Room for the JSON of a header of 600 kB, and not for what a lying header asks for."""
 
 
 def tensors():
