@@ -30,7 +30,10 @@ class Entry:
 
     @property
     def dist(self):
-        return SimpleNamespace(name=self.distribution, version="1.2") if self.distribution else None
+        if not self.distribution:
+            return None
+        metadata = {"Name": self.distribution, "Version": "1.2"}
+        return SimpleNamespace(name=self.distribution, version="1.2", metadata=metadata)
 
     def load(self):
         if isinstance(self.module, BaseException):
