@@ -55,9 +55,9 @@ class Host:
         self._manager.add_hookspecs(hookspecs)
         self._environment = environment
         self._owners: dict[str, str] = {}
-        loaded = [
-            self._load(entry) for entry in sorted(entries, key=lambda entry: (not _is_own(_info(entry)), entry.name))
-        ]
+        found = [(_info(entry), entry) for entry in entries]
+        found.sort(key=lambda pair: (not _is_own(pair[0]), pair[0].name))
+        loaded = [self._load(info, entry) for info, entry in found]
         self.plugins = sorted(loaded, key=lambda info: (_is_own(info), info.name))
         """Third-party plugins first, by name, so that their sources are asked before ours; ours after them, by name."""
 
@@ -174,8 +174,7 @@ class Host:
                 continue
             yield info.name, result
 
-    def _load(self, entry: EntryPoint) -> PluginInfo:
-        info = _info(entry)
+    def _load(self, info: PluginInfo, entry: EntryPoint) -> PluginInfo:
         if reason := self._excluded(info):
             return PluginInfo(**{**vars(info), "status": "disabled", "reason": reason})
         try:
@@ -237,11 +236,13 @@ def _broken(info: PluginInfo, reason: str) -> PluginInfo:
 
 
 def _check_api(module: object) -> None:
-    from packaging.specifiers import InvalidSpecifier, SpecifierSet
-
     wanted = getattr(module, "regraft_api", "")
     if not isinstance(wanted, str):
         raise PluginError(f"regraft_api is not a version range: {wanted!r}")
+    if not wanted:
+        return
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
     try:
         fits = hookspecs.API_VERSION in SpecifierSet(wanted)
     except InvalidSpecifier:
