@@ -14,6 +14,7 @@ from regraft.core.checkpoint import Checkpoint
 from regraft.core.errors import PluginError, RegraftError, ResourceError
 from regraft.core.host import Host, PluginInfo
 from regraft.core.layout import Layout, lay_out
+from regraft.core.operations import leaves
 from regraft.core.patch import Outline, Patch, overlay, promise
 from regraft.core.sources import open_checkpoint
 from regraft.core.sources.folder import CARD, LOCK
@@ -210,7 +211,8 @@ def _local_bytes(tensor: LazyTensor) -> int:
 
 
 def _whole_bytes(tensor: LazyTensor) -> int:
-    return 5 * tensor.spec.nbytes + tensor.held_bytes
+    largest = max([tensor.spec.nbytes, *(leaf.spec.nbytes for leaf in leaves(tensor).values())])
+    return 5 * largest + tensor.held_bytes
 
 
 def compare(before: Checkpoint, after: Checkpoint) -> dict[str, tuple[str, ...]]:

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from regraft.core.architectures import Architecture, Family, architecture_of
+    from regraft.core.architectures import Architecture, Family, Part, architecture_of, embedding, head, linear, norm
     from regraft.core.checkpoint import Checkpoint, FileRef
     from regraft.core.errors import (
         InputError,
@@ -32,7 +32,16 @@ if TYPE_CHECKING:
     from regraft.core.transformation import Params, Run, Transformation, WeightSpace
 
 _HOMES = {
-    "regraft.core.architectures": ("Architecture", "Family", "architecture_of"),
+    "regraft.core.architectures": (
+        "Architecture",
+        "Family",
+        "Part",
+        "architecture_of",
+        "embedding",
+        "head",
+        "linear",
+        "norm",
+    ),
     "regraft.core.checkpoint": ("Checkpoint", "FileRef"),
     "regraft.core.errors": (
         "InputError",
@@ -70,6 +79,7 @@ __all__ = [
     "Operation",
     "Outline",
     "Params",
+    "Part",
     "Patch",
     "PluginError",
     "Reference",
@@ -87,7 +97,11 @@ __all__ = [
     "VerificationError",
     "WeightSpace",
     "architecture_of",
+    "embedding",
+    "head",
     "hookimpl",
+    "linear",
+    "norm",
     "open_checkpoint",
     "overlay",
 ]

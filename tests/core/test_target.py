@@ -33,8 +33,14 @@ def test_new_empty_and_forced_targets_are_accepted(tmp_path):
     check_target(tmp_path / "deep" / "new", force=False)
     (tmp_path / "empty").mkdir()
     check_target(tmp_path / "empty", force=False)
-    check_target(fill(tmp_path / "full", OLD), force=True)
+    check_target(fill(tmp_path / "full", {**OLD, "config.json": "{}"}), force=True)
     assert names(tmp_path) == ["empty", "full"]
+
+
+def test_force_replaces_checkpoints_only(tmp_path):
+    with pytest.raises(UsageError, match="no checkpoint") as caught:
+        check_target(fill(tmp_path / "home", {"diary.txt": "dear diary"}), force=True)
+    assert "config.json" in caught.value.expected
 
 
 def test_a_full_target_needs_force(tmp_path):

@@ -24,10 +24,13 @@ from regraft import (
     Transformation,
     Unsupported,
     WeightSpace,
+    embedding,
+    head,
     hookimpl,
+    linear,
+    norm,
     open_checkpoint,
 )
-from regraft.core.architectures import embedding, head, linear, norm
 
 if TYPE_CHECKING:
     import torch
