@@ -23,7 +23,9 @@ def apply(
     overrides: Set = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     threads: Threads = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace a target that is not empty, whole.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a target that is a checkpoint already, whole.")
+    ] = False,
     link: Annotated[
         bool, typer.Option("--link", help="Hard-link untouched weight files instead of copying them.")
     ] = False,
