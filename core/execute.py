@@ -119,7 +119,7 @@ def apply(recipe: Recipe, target: Path, host: Host, options: ApplyOptions, event
         layout, written = _write(plan, ran.result, space, device, options, events)
         with resources(space.output):
             _write_records(plan, ran, layout, written, space.output, device)
-        verified = verify_output(plan, ran.result, space.output, options, host)
+        verified = verify_output(plan, ran, space.output, options, host)
         size = sum(path.stat().st_size for path in space.output.rglob("*") if path.is_file())
         if options.save_patches is not None:
             save_patches(plan, ran.patches, ran.checkpoints, options.save_patches)
@@ -239,12 +239,13 @@ def _write_records(plan: Plan, ran: StepsRun, layout: Layout, written: WriteRepo
     (output / LOCK).write_bytes(dump(lock_document(plan, ran.patches, layout, written, output, device)))
 
 
-def verify_output(plan: Plan, result: Checkpoint, output: Path, options: ApplyOptions, host: Host) -> str:
+def verify_output(plan: Plan, ran: StepsRun, output: Path, options: ApplyOptions, host: Host) -> str:
     """Verify the written folder as deep as asked; returns the depth.
 
     Raises:
         VerificationError: it is not what it should be.
     """
+    result = ran.result
     try:
         written = open_folder(output, label=_OUTPUT)
     except InputError as error:
@@ -273,7 +274,17 @@ def verify_output(plan: Plan, result: Checkpoint, output: Path, options: ApplyOp
     if depth in ("load", "forward"):
         from regraft.core.verify.load import verify_load
 
-        code = result.config.get("auto_map") != plan.base.config.get("auto_map")
-        trust = code or plan.recipe.base.trust_remote_code
+        trust = plan.recipe.base.trust_remote_code or _all_code_is_ours(plan, ran)
         verify_load(output, depth, trust=trust, label=_OUTPUT)  # type: ignore[arg-type]
     return depth
+
+
+def _all_code_is_ours(plan: Plan, ran: StepsRun) -> bool:
+    """Whether every Python file of the output comes from the templates of an installed plugin, and there is one.
+
+    A saved patch may be anybody's, and so may the base.
+    """
+    steps = zip(plan.steps, ran.patches, strict=True)
+    ours = {name: file for step, patch in steps if step.transformation.own_code for name, file in patch.files.items()}
+    code = {name: file for name, file in ran.result.files.items() if name.endswith(".py")}
+    return bool(code) and all(ours.get(name) == file for name, file in code.items())

@@ -70,6 +70,8 @@ class Transformation(ABC, Generic[P]):
     """What a user needs to load the result."""
     version: ClassVar[str] = "1"
     """Changes whenever the same parameters give other bytes; part of the lock file."""
+    own_code: ClassVar[bool] = True
+    """Whether Python that it writes into a checkpoint comes from its own templates, so that verification may run it."""
     Params: type[P]
 
     def check(self, checkpoint: Checkpoint, params: P) -> None:

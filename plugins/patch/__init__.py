@@ -24,6 +24,7 @@ class ReapplyPatch(WeightSpace[PatchParams]):
 
     name = "patch"
     summary = "Apply a saved patch again."
+    own_code = False
     Params = PatchParams
 
     def check(self, checkpoint: Checkpoint, params: PatchParams) -> None:

@@ -15,6 +15,13 @@ def target_that_is_not_empty():
     Path("out/thesis.txt").write_text("do not lose")
 
 
+@case(2, "apply", "recipe.toml", "--force")
+def forced_target_that_is_no_checkpoint():
+    recipe()
+    Path("out").mkdir()
+    Path("out/thesis.txt").write_text("do not lose")
+
+
 @case(2)
 def target_that_is_a_file():
     recipe()

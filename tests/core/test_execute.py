@@ -264,6 +264,7 @@ def test_the_base_is_looked_at_before_its_steps(workplace):
 
 def test_a_forced_target_is_replaced_whole(workplace):
     Path("out").mkdir()
+    Path("out/config.json").write_text("{}")
     Path("out/old.safetensors").write_text("of another model")
     run(ABF, options=ApplyOptions(force=True))
     assert not Path("out/old.safetensors").exists()
@@ -272,3 +273,36 @@ def test_a_forced_target_is_replaced_whole(workplace):
     with pytest.raises(PluginError):
         run({"use": "toy", "mode": "raises"}, options=ApplyOptions(force=True))
     assert tree(Path("out")) == before
+
+
+@pytest.fixture
+def trusted(monkeypatch):
+    """Whether code was trusted each time that stock transformers would have been asked."""
+    asked = []
+    monkeypatch.setattr(
+        "regraft.core.verify.load.verify_load", lambda folder, depth, *, trust, label: asked.append(trust)
+    )
+    return asked
+
+
+CODE = {**ABF, "method": "entropy-abf", "export": "remote-code"}
+
+
+def test_only_code_of_our_own_is_run_by_verification(workplace, trusted):
+    """Neither the base's nor a saved patch's, unless the recipe says so."""
+    load = ApplyOptions(durable=False, force=True, verify="load", save_patches=Path("patches"))
+    run(ABF, options=load)
+    shutil.rmtree("patches")
+    run(CODE, options=load)
+    assert trusted == [False, True]
+    again = ApplyOptions(durable=False, force=True, verify="load")
+    run({"use": "patch", "path": "patches/context-extension.regraft"}, options=again)
+    assert trusted[2:] == [False]
+    (Path("base") / "modeling_other.py").write_text("raise SystemExit")
+    run(CODE, options=again)
+    assert trusted[3:] == [False]
+    text = Path("recipe.toml").read_text().replace("[base]", "[base]\ntrust_remote_code = true")
+    Path("recipe.toml").write_text(text)
+    plugins = host_with()
+    apply(load_recipe(Path("recipe.toml"), (), plugins.transformations()), Path("out"), plugins, again)
+    assert trusted[4:] == [True]
