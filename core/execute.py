@@ -17,7 +17,7 @@ from regraft.core.jsonio import dump
 from regraft.core.layout import Layout, lay_out
 from regraft.core.output_file import resources
 from regraft.core.patch import Patch, overlay
-from regraft.core.plan import Plan, PlannedStep, blaming, make_plan, open_base, output_patches
+from regraft.core.plan import Plan, PlannedStep, blaming, make_plan, open_base, output_patches, paths_of
 from regraft.core.requirements import check_resources, worker_count
 from regraft.core.saved_patches import check_patch_folders, save_patches
 from regraft.core.sources.folder import CARD, INDEX, LOCK, open_folder
@@ -93,7 +93,8 @@ def prepare(recipe: Recipe, host: Host, options: ApplyOptions) -> tuple[Plan, li
         RegraftError: as `make_plan`.
     """
     base = open_base(recipe, host)
-    findings = check_structure(base, host.architectures())
+    findings = [Finding(note, base.label, fatal=False) for note in base.notes]
+    findings += check_structure(base, host.architectures())
     raise_findings(findings, InputError)
     plan = make_plan(recipe, base, host, threads=worker_count(options.threads))
     return plan, findings
@@ -129,15 +130,13 @@ def apply(recipe: Recipe, target: Path, host: Host, options: ApplyOptions, event
 
 
 def inputs_of(plan: Plan) -> Iterator[Path]:
-    """Folders and files that the run reads."""
+    """Folders and files that the run reads: the base, the recipe and what it extends, whatever its steps name."""
     from regraft.core.sources.open import Reference
 
-    base = Reference(plan.recipe.base.model).path
-    if base.exists():
-        yield base
+    paths = [Reference(plan.recipe.base.model).path, *plan.recipe.sources]
     for step in plan.steps:
-        values = (getattr(step.params, name) for name in type(step.params).model_fields)
-        yield from (value for value in values if isinstance(value, Path) and value.exists())
+        paths += [path for _, path in paths_of(step.params)]
+    yield from (path for path in paths if path.exists())
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.core.buffers import CHUNK_BYTES
+from regraft.core.buffers import CHUNK_BYTES, unreadable
 from regraft.core.cast import cast_patch
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.errors import PluginError, RegraftError, ResourceError
@@ -21,6 +21,8 @@ from regraft.core.sources.folder import CARD, LOCK
 from regraft.core.tensors import LazyTensor
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from regraft.core.recipe.model import Recipe, Step
     from regraft.core.transformation import AnyTransformation
 
@@ -142,6 +144,7 @@ def blaming(step: str) -> Iterator[None]:
     """Name the step whose transformation failed.
 
     Raises:
+        InputError: a file cannot be read.
         ResourceError: memory is short.
         PluginError: anything else that is not an error of ours.
     """
@@ -149,6 +152,10 @@ def blaming(step: str) -> Iterator[None]:
         yield
     except RegraftError:
         raise
+    except OSError as error:
+        if error.filename is None:
+            raise _failed(step, error) from error
+        raise unreadable(f"step {step}: {error.filename}", error) from error
     except Exception as error:
         where, text = f"step {step}", str(error)
         if isinstance(error, MemoryError) or "out of memory" in text:
@@ -158,11 +165,31 @@ def blaming(step: str) -> Iterator[None]:
                 found=text.splitlines()[0] if text else None,
                 remedy="use another --device, or a machine with more memory",
             ) from error
-        raise PluginError(
-            f"the transformation failed: {type(error).__name__}: {text}",
-            where=where,
-            remedy="run again with --traceback and report it to the plugin's author",
-        ) from error
+        raise _failed(step, error) from error
+
+
+def _failed(step: str, error: Exception) -> PluginError:
+    return PluginError(
+        f"the transformation failed: {type(error).__name__}: {error}",
+        where=f"step {step}",
+        remedy="run again with --traceback and report it to the plugin's author",
+    )
+
+
+def paths_of(params: BaseModel) -> Iterator[tuple[str, Path]]:
+    """Every path in a step's parameters, with its key, such as `corpora[1]`."""
+    yield from _paths(params.model_dump(), "")
+
+
+def _paths(value: Any, key: str) -> Iterator[tuple[str, Path]]:
+    if isinstance(value, Path):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _paths(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _paths(item, f"{key}[{index}]")
 
 
 def output_patches(recipe: Recipe, checkpoint: Checkpoint, host: Host) -> list[tuple[str, Patch]]:

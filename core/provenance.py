@@ -16,7 +16,7 @@ from regraft.core.buffers import unreadable
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.layout import Layout
 from regraft.core.patch import Patch
-from regraft.core.plan import BASE_CARD, Plan, PlannedStep, place_of
+from regraft.core.plan import BASE_CARD, Plan, PlannedStep, paths_of, place_of
 from regraft.core.sources.folder import CARD, LOCK
 from regraft.core.writer import WriteReport
 
@@ -152,13 +152,12 @@ def _step(step: PlannedStep, patch: Patch) -> dict[str, Any]:
 def data_digests(params: BaseModel) -> dict[str, Any]:
     """SHA-256 of every file that a parameter of type Path names, by parameter; a folder's files by relative path."""
     digests: dict[str, Any] = {}
-    for name in type(params).model_fields:
-        value = getattr(params, name)
-        if isinstance(value, Path) and value.is_file():
-            digests[name] = sha256(value)
-        elif isinstance(value, Path) and value.is_dir():
-            files = sorted(path for path in value.rglob("*") if path.is_file())
-            digests[name] = {path.relative_to(value).as_posix(): sha256(path) for path in files}
+    for key, path in paths_of(params):
+        if path.is_file():
+            digests[key] = sha256(path)
+        elif path.is_dir():
+            files = sorted(inner for inner in path.rglob("*") if inner.is_file())
+            digests[key] = {inner.relative_to(path).as_posix(): sha256(inner) for inner in files}
     return digests
 
 

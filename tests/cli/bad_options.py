@@ -44,6 +44,12 @@ def base_inside_the_target():
     recipe(recipe_text("models/base", ABF, path="models"))
 
 
+@case(2, "apply", "out/recipe.toml", "--output", "out", "--force")
+def recipe_inside_the_target():
+    shutil.copytree("base", "out")
+    Path("out/recipe.toml").write_text(recipe_text("../base", ABF))
+
+
 @case(2, "apply", "recipe.toml", "--force")
 def target_equal_to_the_adapter():
     write_adapter("adapter")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -246,12 +247,21 @@ def test_patches_that_cannot_all_be_saved_are_not_saved(workplace, monkeypatch):
     assert not Path("out").exists()
 
 
-def test_inputs_are_the_base_and_every_path_of_a_step(workplace):
+def test_inputs_are_the_base_the_recipe_and_every_path_of_a_step(workplace):
     write_adapter("adapter")
     plugins = host_with()
     path = write_recipe(Path("recipe.toml"), "base", {"use": "lora-merge", "adapter": "adapter"})
     plan, _ = prepare(load_recipe(path, (), plugins.transformations()), plugins, ApplyOptions())
-    assert list(inputs_of(plan)) == [Path("base"), Path("adapter")]
+    assert list(inputs_of(plan)) == [Path("base"), Path("recipe.toml"), Path("adapter")]
+
+
+def test_what_the_source_has_to_say_reaches_the_user(workplace, monkeypatch):
+    import regraft.core.execute as execute
+
+    opened = execute.open_base
+    monkeypatch.setattr(execute, "open_base", lambda *given: replace(opened(*given), notes=("from the cache",)))
+    report = run(ABF)
+    assert [str(finding) for finding in report.findings] == ["base: from the cache"]
 
 
 def test_the_base_is_looked_at_before_its_steps(workplace):

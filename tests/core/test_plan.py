@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from regraft.core.errors import PluginError, ResourceError, Unsupported
+from regraft.core.errors import InputError, PluginError, ResourceError, Unsupported
 from regraft.core.execute import ApplyOptions, apply, prepare
 from regraft.core.host import host
 from regraft.core.operations import Convert, Value
@@ -176,6 +176,10 @@ class Toy(WeightSpace[ToyParams]):
     def patch(self, checkpoint, params):
         if params.fault == "memory":
             raise MemoryError
+        if params.fault == "file":
+            Path("corpus.txt").read_text()
+        if params.fault == "system":
+            raise OSError("no such file")
         if params.fault == "plan":
             raise ValueError("no such head")
         if params.fault == "removal":
@@ -189,6 +193,8 @@ class Toy(WeightSpace[ToyParams]):
         ("unsupported", Unsupported, 1, "not this one"),
         ("check", PluginError, 5, "KeyError: 'oops'"),
         ("plan", PluginError, 5, "ValueError: no such head"),
+        ("file", InputError, 3, "corpus.txt: cannot be read: No such file or directory"),
+        ("system", PluginError, 5, "OSError: no such file"),
         ("removal", PluginError, 5, "nothing"),
         ("memory", ResourceError, 4, "memory"),
     ],

@@ -179,13 +179,16 @@ def test_data_digests(tmp_path):
         corpus: Path
         folder: Path
         missing: Path | None = None
+        corpora: tuple[Path, ...] = ()
         count: int = 3
 
     (tmp_path / "corpus.txt").write_text("abc")
     (tmp_path / "folder" / "inner").mkdir(parents=True)
     (tmp_path / "folder" / "inner" / "a.txt").write_text("a")
-    found = data_digests(Files(corpus=tmp_path / "corpus.txt", folder=tmp_path / "folder"))
+    corpora = (tmp_path / "nowhere", tmp_path / "corpus.txt")
+    found = data_digests(Files(corpus=tmp_path / "corpus.txt", folder=tmp_path / "folder", corpora=corpora))
     assert found == {
+        "corpora[1]": hashlib.sha256(b"abc").hexdigest(),
         "corpus": hashlib.sha256(b"abc").hexdigest(),
         "folder": {"inner/a.txt": hashlib.sha256(b"a").hexdigest()},
     }
