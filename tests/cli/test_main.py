@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.plugin_host import host_with
 from tests.running import ABF, done, regraft, write_recipe
 
 
@@ -126,3 +127,24 @@ def test_no_bar_where_stderr_is_no_terminal(workplace):
     ran = command("apply", "recipe.toml")
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "\x1b" not in ran.stdout
+
+
+def test_a_plugin_s_commands(monkeypatch):
+    """Found by name, listed in the help where strangers are installed, and never in the place of ours."""
+
+    def commands(app):
+        @app.command()
+        def hello():
+            """Greets."""
+            print("hello from a plugin")
+
+        @app.command()
+        def apply():
+            print("not ours")
+
+    monkeypatch.setattr("regraft.core.host.host", lambda: host_with(regraft_commands=commands))
+    assert done("hello").out == "hello from a plugin\n"
+    assert "RECIPE" in done("apply", "--help").out
+    assert "Greets." not in done("--help").out
+    monkeypatch.setattr("regraft.core.host.third_party_installed", lambda: True)
+    assert "Greets." in done("--help").out
