@@ -1,8 +1,11 @@
 """A plan is exact to the byte: against what `apply` then writes, for families, steps, casts and shardings."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from regraft.core.errors import InputError, PluginError, ResourceError, Unsupported
 from regraft.core.execute import ApplyOptions, apply, prepare
@@ -63,6 +66,26 @@ def test_every_family(family, tiny_folder, tmp_path):
     assert len(set(found.shards.values())) > 3
     assert len(plan.changes["rewritten"]) == len(found.tensors)
     assert {spec.dtype for spec in found.specs.values()} == {"BF16"}
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    family=st.sampled_from(["llama", "gemma2", "gpt_neox", "phi3"]),
+    extended=st.booleans(),
+    dtype=st.sampled_from(["keep", "bfloat16", "float16", "float32"]),
+    shard_size=st.integers(1, 400_000),
+    threads=st.integers(1, 3),
+    link=st.booleans(),
+)
+def test_any_combination_of_settings(tiny_folder, tmp_path_factory, family, extended, dtype, shard_size, threads, link):
+    folder = tmp_path_factory.mktemp("any")
+    steps, output = [ABF] * extended, {"dtype": dtype, "shard_size": shard_size}
+    recipe = write_recipe(folder / "r.toml", tiny_folder(family), *steps, path=str(folder / "out"), **output)
+    plan, report = applied(recipe, threads=threads, link=link)
+    exact(plan, folder / "out")
+    computed = sum(plan.result.specs[name].nbytes for name in plan.changes["rewritten"])
+    assert report.written.computed_bytes == computed
+    shutil.rmtree(folder)
 
 
 def test_a_merge_rewrites_its_targets_and_copies_the_rest(workplace):
