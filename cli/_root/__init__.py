@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     )
     from regraft.core.hookspecs import API_VERSION, hookimpl
     from regraft.core.low_rank import LowRankDelta
+    from regraft.core.offsets import HeadOffset, HeadScale, ResidualBias
     from regraft.core.operations import Convert, Operation, ScaleRows, Value
     from regraft.core.patch import Edit, Outline, Patch, overlay
+    from regraft.core.residual_bias import bake_head_scales, bake_residual_biases
     from regraft.core.sources import Reference, Source, open_checkpoint
     from regraft.core.specs import TensorSpec
     from regraft.core.tensors import LazyTensor, MemoryTensor
@@ -37,6 +39,8 @@ _HOMES = {
         "Family",
         "Part",
         "architecture_of",
+        "bake_head_scales",
+        "bake_residual_biases",
         "embedding",
         "head",
         "linear",
@@ -55,8 +59,10 @@ _HOMES = {
     ),
     "regraft.core.hookspecs": ("API_VERSION", "hookimpl"),
     "regraft.core.low_rank": ("LowRankDelta",),
+    "regraft.core.offsets": ("HeadOffset", "HeadScale", "ResidualBias"),
     "regraft.core.operations": ("Convert", "Operation", "ScaleRows", "Value"),
     "regraft.core.patch": ("Edit", "Outline", "Patch", "overlay"),
+    "regraft.core.residual_bias": ("bake_head_scales", "bake_residual_biases"),
     "regraft.core.sources": ("Reference", "Source", "open_checkpoint"),
     "regraft.core.specs": ("TensorSpec",),
     "regraft.core.tensors": ("LazyTensor", "MemoryTensor"),
@@ -72,6 +78,8 @@ __all__ = [
     "Edit",
     "Family",
     "FileRef",
+    "HeadOffset",
+    "HeadScale",
     "InputError",
     "LazyTensor",
     "LowRankDelta",
@@ -84,6 +92,7 @@ __all__ = [
     "PluginError",
     "Reference",
     "RegraftError",
+    "ResidualBias",
     "ResourceError",
     "Run",
     "ScaleRows",
@@ -97,6 +106,8 @@ __all__ = [
     "VerificationError",
     "WeightSpace",
     "architecture_of",
+    "bake_head_scales",
+    "bake_residual_biases",
     "embedding",
     "head",
     "hookimpl",
