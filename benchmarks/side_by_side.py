@@ -191,7 +191,8 @@ def peer_jobs(root: Path, python) -> list[Job]:  # noqa: ANN001 - a local closur
         )
 
     def mergekit(name: str) -> list[str]:
-        return [str(Path(sys.executable).with_name("mergekit-yaml")), str(root / f"{name}.yml"), str(root / "out")]
+        program = str(Path(sys.executable).with_name("mergekit-yaml"))
+        return [program, str(root / f"{name}.yml"), str(root / "out"), "--lora-merge-cache", str(root / "merged")]
 
     safetensors = """
         from pathlib import Path
@@ -244,6 +245,7 @@ def prefault(nbytes: int) -> None:
 def measure(job: Job, out: Path, prefault_bytes: int) -> Sample:
     """Run once. A peer that fails ends the benchmark: no figure is better than a wrong one."""
     shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(out.with_name("merged"), ignore_errors=True)  # mergekit would take it up instead of merging again
     prefault(prefault_bytes)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     with tempfile.TemporaryFile() as log:
