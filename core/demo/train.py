@@ -3,7 +3,7 @@
 The text is in the public domain: the packages' copyright file says that its copyright is expired, the translation
 dating from 1611. To rebuild the checkpoint (about twenty-five minutes of one core):
 
-    apt-get install bible-kjv
+    apt-get install bible-kjv bible-kjv-text
     bible -f gen1:1-rev22:21 < /dev/null > kjv.txt
     python -m regraft.core.demo.train --text kjv.txt --output core/demo/tiny
 
