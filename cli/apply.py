@@ -85,7 +85,7 @@ def as_document(report: ApplyReport) -> dict[str, Any]:
         ],
         "changes": {kind: len(names) for kind, names in report.plan.changes.items()},
         "output_notes": list(report.notes),
-        "left_behind": dict(report.plan.result.left_behind),
+        "left_behind": dict(report.plan.left_behind),
         "non_finite_inputs": {name: vars(count) for name, count in written.non_finite.items()},
         "findings": [str(finding) for finding in report.findings],
     }
@@ -96,7 +96,7 @@ def _print(report: ApplyReport) -> None:
         tell(f"note: {finding}")
     for name, count in report.written.non_finite.items():
         tell(f"warning: {name}: {count} in the base, carried through the step that reads it (--strict refuses)")
-    for name, reason in report.plan.result.left_behind.items():
+    for name, reason in report.plan.left_behind.items():
         tell(f"left behind: {name}: {reason}")
     for step, patch in zip(report.plan.steps, report.patches, strict=True):
         print(f"{step.id}: {step.transformation.summary}")

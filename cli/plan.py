@@ -75,7 +75,7 @@ def as_document(made: Plan, disk: int) -> dict[str, Any]:
         "changes": {kind: list(names) for kind, names in made.changes.items()},
         "weight_files": dict(made.layout.files),
         "files": {name: file.nbytes for name, file in made.result.files.items()},
-        "left_behind": dict(made.result.left_behind),
+        "left_behind": dict(made.left_behind),
         "weight_bytes": made.weight_bytes,
         "output_bytes": made.output_bytes,
         "exact": made.exact,
@@ -98,9 +98,11 @@ def _print(made: Plan, document: dict[str, Any], *, tensors: bool) -> None:
         for kind in ("rewritten", "added", "dropped"):
             for name in made.changes[kind]:
                 print(f"  {kind}: {made.result.specs.get(name, name)}")
-    for name, reason in made.result.left_behind.items():
+    for name, reason in made.left_behind.items():
         print(f"left behind: {name}: {reason}")
     exactly = "exactly" if made.exact else "at most"
-    where = f"{len(made.layout.files)} weight files and {len(made.result.files)} others, plus lock file and model card"
-    print(f"output: {exactly} {made.output_bytes} bytes ({human_bytes(made.output_bytes)}) in {where}")
+    files = (
+        f"weight files {len(made.layout.files)}, other files {len(made.result.files)}; plus lock file and model card"
+    )
+    print(f"output: {exactly} {made.output_bytes} bytes ({human_bytes(made.output_bytes)}): {files}")
     print(f"needs: {human_bytes(document['disk_bytes'])} of disk, at most {human_bytes(made.memory_bytes)} of memory")
