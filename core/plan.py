@@ -83,6 +83,15 @@ class Plan:
         return self.weight_bytes + self.file_bytes
 
     @property
+    def left_behind(self) -> dict[str, str]:
+        """Files of the base that the output lacks, with the reason; its card, which moves aside, is not one of them."""
+        return {name: why for name, why in self.result.left_behind.items() if not (name == CARD and self._keeps_card)}
+
+    @property
+    def _keeps_card(self) -> bool:
+        return BASE_CARD in self.result.files
+
+    @property
     def exact(self) -> bool:
         """Whether every step knew its shapes in advance; otherwise the sizes are upper bounds."""
         return all(step.outline.exact for step in self.steps)
@@ -216,7 +225,7 @@ def _card_patch(checkpoint: Checkpoint) -> Patch:
         return Patch()
     if LOCK in checkpoint.left_behind:
         return Patch(dropped={CARD: "describes the base; the output gets its own"})
-    return Patch(files={BASE_CARD: card}, dropped={CARD: f"carried as {BASE_CARD}"})
+    return Patch(files={BASE_CARD: card}, dropped={CARD: f"the output gets its own; kept as {BASE_CARD}"})
 
 
 def memory_bound(checkpoint: Checkpoint, threads: int) -> int:

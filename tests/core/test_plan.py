@@ -143,6 +143,7 @@ def test_the_base_s_card_moves_aside(workplace):
     plan, _ = applied(write_recipe(Path("r.toml"), "base", ABF, path="out"))
     exact(plan, Path("out"))
     assert Path("out/README.base.md").read_bytes() == Path("base/README.md").read_bytes()
+    assert plan.left_behind == {}
     plan, _ = applied(write_recipe(Path("r.toml"), "out", {**ABF, "target_length": 8192}, path="twice"))
     exact(plan, Path("twice"))
     assert Path("twice/README.base.md").read_bytes() == Path("base/README.md").read_bytes()
