@@ -248,6 +248,7 @@ def measure(job: Job, out: Path, prefault_bytes: int) -> Sample:
     shutil.rmtree(out.with_name("merged"), ignore_errors=True)  # mergekit would take it up instead of merging again
     prefault(prefault_bytes)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # compiling at every start would be measured instead
     with tempfile.TemporaryFile() as log:
         started = time.monotonic()
         process = subprocess.Popen(job.command, stdout=log, stderr=log, env=environment)
