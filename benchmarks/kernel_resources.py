@@ -21,11 +21,13 @@ from typing import Any
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-MODULES = ("regraft.kernels.low_rank_update_triton",)
+MODULES = ("regraft.kernels.low_rank_update_triton", "regraft.kernels.linear_cross_entropy_triton")
 """Modules whose `builds()` names what they ship."""
 
 CAPABILITIES = (80, 90)
 _WARP_SIZE = 32
+_VECTOR_LOAD = r"ld\.global\S*\.v[248]\.|cp\.async\.cg\.shared\.global [^;]*0x10"
+"""Into registers, or 16 bytes at a time into shared memory, as pipelined loops load."""
 
 
 def compile_build(build: dict[str, Any], capability: int) -> Any:
@@ -56,7 +58,7 @@ def resources(compiled: Any) -> dict[str, int]:
         "stack": usage["STACK"],
         "local": usage["LOCAL"],
         "shared": int(compiled.metadata.shared),
-        "vector_loads": len(re.findall(r"ld\.global\S*\.v[248]\.", compiled.asm["ptx"])),
+        "vector_loads": len(re.findall(_VECTOR_LOAD, compiled.asm["ptx"])),
     }
 
 
