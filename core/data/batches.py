@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from regraft.core.data.examples import IGNORED, Example, PreferenceExample, digest, ints
+from regraft.core.data.rows import Place
 from regraft.core.errors import InputError, UsageError
 from regraft.core.transformation import Params
 
@@ -139,6 +140,10 @@ class Batches:
         sequences = [one if isinstance(one, Example) else one.chosen for one in examples]
         sequences += [one.rejected for one in examples if isinstance(one, PreferenceExample)]
         return collate(sequences, tuple(indices), device)
+
+    def places(self, indices: Sequence[int]) -> list[Place]:
+        """Where examples come from."""
+        return [self.examples[index].place for index in indices]
 
     def identity(self) -> dict[str, object]:
         """What decides the steps, to tell whether a saved state belongs to them; JSON values."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from regraft.core.checkpoint import FileRef
 from regraft.core.data.encode import Encoder
 from regraft.core.data.examples import Example, PreferenceExample, digest
 from regraft.core.data.lengths import Lengths, pack
@@ -135,8 +135,7 @@ def files_of(source: str) -> list[Path]:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return FileRef(path=path).sha256()
 
 
 def _most(settings: DataSettings, window: int) -> int:

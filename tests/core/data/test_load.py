@@ -4,16 +4,19 @@ import hashlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from regraft.core.data.examples import IGNORED, Example, digest, ints
 from regraft.core.data.lengths import pack
-from regraft.core.data.load import load_data
+from regraft.core.data.load import files_of, load_data
 from regraft.core.data.rows import Place
 from regraft.core.data.settings import DataSettings
 from regraft.core.errors import InputError, UsageError
+from regraft.core.recipe.load import load_recipe
+from regraft.core.transformation import Params
 from tests.core.data.vocabularies import tokenizer
 
 CODER = tokenizer("characters", bos=False)
@@ -178,3 +181,25 @@ def test_settings_are_light():
         "print([m for m in ('torch', 'transformers', 'numpy', 'pyarrow', 'datasets') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+class Tune(Params):
+    data: DataSettings
+
+
+class TuneMethod:
+    Params = Tune
+
+
+@pytest.mark.parametrize("written", ['"texts.jsonl"', '["texts.jsonl", "org/name"]'])
+def test_sources_start_at_the_folder_of_the_recipe(tmp_path, monkeypatch, written):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "texts.jsonl").write_text('{"text": "abc"}')
+    recipe = f'base.model = "demo:tiny"\n[[steps]]\nuse = "tune"\n[steps.data]\nsource = {written}\nmax_tokens = 8\n'
+    (tmp_path / "sub" / "r.toml").write_text(recipe)
+    settings = load_recipe("sub/r.toml", (), {"tune": TuneMethod}, {}).steps[0].params.data
+    assert settings.sources == ("./sub/texts.jsonl", "org/name")[: len(settings.sources)]
+    assert files_of(settings.sources[0]) == [Path("sub/texts.jsonl")]
+    assert settings.summary()["max_tokens"] == 8
+    assert "source" not in settings.summary()
