@@ -56,6 +56,18 @@ class Run:
         text = f"{self.seed}\0{self.step}\0{name}".encode()
         return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
 
+    def model(self, checkpoint: Checkpoint, **options: Any) -> Any:
+        """The stock transformers model of `checkpoint` on this run's device; see `training.model.materialise_model`."""
+        from regraft.core.training.model import materialise_model
+
+        return materialise_model(checkpoint, self.device, **options)
+
+    def tokenizer(self, checkpoint: Checkpoint, **options: Any) -> Any:
+        """The tokenizer of `checkpoint`; see `training.model.materialise_tokenizer`."""
+        from regraft.core.training.model import materialise_tokenizer
+
+        return materialise_tokenizer(checkpoint, **options)
+
 
 class Transformation(ABC, Generic[P]):
     """One method of rewriting a checkpoint; a recipe uses it by `name`.
