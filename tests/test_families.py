@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -57,4 +58,5 @@ def test_a_saved_checkpoint_is_sharded_and_has_a_tokenizer(tmp_path, name):
 
 def test_importing_the_fixtures_is_cheap():
     code = "import sys, tests.families; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    root = Path(__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

@@ -92,7 +92,7 @@ def test_disk_full_while_writing(workplace, monkeypatch, moment):
             monkeypatch.setattr(os, "fsync", full)
     ran = regraft("apply", "recipe.toml")
     monkeypatch.undo()
-    os.chdir(workplace)
+    monkeypatch.chdir(workplace)
     failed(ran, 4)
     assert "disk is full" in ran.err or os.strerror(errno.ENOSPC) in ran.err
     assert tree(workplace) == before

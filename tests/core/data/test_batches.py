@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,7 +45,7 @@ def test_order_depends_on_nothing_but_the_seed():
     code = "from tests.core.data.test_batches import batches; print(batches(12, batch_size=12).indices(0))"
     outputs = {
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                       env={**os.environ, "PYTHONHASHSEED": seed}).stdout
+                       cwd=Path(__file__).parents[3], env={**os.environ, "PYTHONHASHSEED": seed}).stdout
         for seed in ("0", "1")
     }  # fmt: skip
     assert outputs == {f"{batches(12, batch_size=12).indices(0)}\n"}
