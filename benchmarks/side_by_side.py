@@ -3,7 +3,8 @@
 Usage: python benchmarks/side_by_side.py [--rounds 3] [--small] [--keep DIR] [--write docs/benchmarks.md]
 
 Every command is a process of its own; wall time, CPU time, peak RSS and minor faults come from the kernel's accounting
-(wait4). Commands take turns for some rounds, and the table shows medians and ratios to `cp`. Before each, memory is
+(wait4; a child's peak RSS is never below the harness's own, which is why that imports torch only to make the base).
+Commands take turns for some rounds, and the table shows medians and ratios to `cp`. Before each, memory is
 touched and given back, because fresh pages are slow on some virtual machines.
 """
 
@@ -23,9 +24,10 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors.torch import save_file
+if TYPE_CHECKING:
+    import torch
 
 HIDDEN, INTERMEDIATE, LAYERS, VOCAB, HEADS, RANK = 2048, 8192, 24, 32000, 16, 16
 PREFAULT_BYTES = 6 << 30
@@ -75,6 +77,9 @@ def config(layers: int) -> dict[str, object]:
 
 def make_base(folder: Path, layers: int) -> None:
     """A sharded bf16 llama with random weights."""
+    import torch
+    from safetensors.torch import save_file
+
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
 
@@ -117,6 +122,9 @@ def make_tokenizer(folder: Path) -> None:
 
 def make_adapter(folder: Path, base: Path, layers: int) -> None:
     """A LoRA of rank 16 for every q_proj, fp32."""
+    import torch
+    from safetensors.torch import save_file
+
     generator = torch.Generator().manual_seed(1)
     tensors = {}
     for layer in range(layers):
