@@ -3,7 +3,7 @@
 Usage: python benchmarks/side_by_side.py [--rounds 3] [--small] [--keep DIR] [--write docs/benchmarks.md]
 
 Every command is a process of its own; wall time, CPU time, peak RSS and minor faults come from the kernel's accounting
-(wait4; a child's peak RSS is never below the harness's own, which is why that imports torch only to make the base).
+(wait4; a child's peak RSS is never below the harness's own, which is why another process makes the base).
 Commands take turns for some rounds, and the table shows medians and ratios to `cp`. Before each, memory is
 touched and given back, because fresh pages are slow on some virtual machines.
 """
@@ -21,8 +21,10 @@ import sys
 import tempfile
 import textwrap
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -329,9 +331,10 @@ def main() -> None:
         root.mkdir(exist_ok=True)
         layers = 4 if options.small else LAYERS
         if not (root / "base").exists():
-            make_base(root / "base", layers)
-            make_adapter(root / "adapter", root / "base", layers)
-            make_adapter(root / "one", root / "base", 1)
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
+                apart.submit(make_base, root / "base", layers).result()
+                apart.submit(make_adapter, root / "adapter", root / "base", layers).result()
+                apart.submit(make_adapter, root / "one", root / "base", 1).result()
         gigabytes = sum(path.stat().st_size for path in (root / "base").iterdir()) / 1e9
         table = jobs(root, write_recipes(root), peers=not options.small) + startup_jobs(root)
         samples: dict[Job, list[Sample]] = {job: [] for job in table}
