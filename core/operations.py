@@ -95,7 +95,7 @@ class Convert(Operation):
         return (self.input,)
 
     def prepare(self, device: str) -> RowFunction:
-        """The identity; from bfloat16 by way of float32, which is exact and makes float16 1.4 times as fast on a CPU."""
+        """The identity; from bfloat16 by way of float32: the same bits, and float16 comes faster on a CPU (1.4 x)."""
         import torch
 
         return lambda start, stop, rows: rows.float() if rows.dtype == torch.bfloat16 else rows
