@@ -10,11 +10,8 @@ method, config.json also names an attention implementation that only the code re
 from __future__ import annotations
 
 import ast
-import json
 import math
-import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -25,6 +22,7 @@ from typing import Any
 
 from regraft.core import portable_load
 from regraft.core.checkpoint import CONFIG, Checkpoint, FileRef
+from regraft.core.child import run_script
 from regraft.core.errors import PluginError, Unsupported
 from regraft.core.jsonio import read_object
 from regraft.core.verify import stock_load
@@ -234,37 +232,15 @@ def _check_code(code: str) -> None:
 
 
 def _load(folder: Path, depth: str, try_without_trust: bool, scratch: str, timeout_seconds: int) -> dict[str, Any]:
-    arguments = [stock_load.__file__, str(folder), depth, "1" if try_without_trust else "0"]
-    try:
-        done = subprocess.run(
-            [sys.executable, "-I", portable_load.__file__, *arguments],
-            env=_environment(scratch),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout_seconds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"no answer within {timeout_seconds} s"}
-    try:
-        report: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    except (IndexError, ValueError):
-        return {"error": f"the process ended with status {done.returncode}: {done.stderr.strip()[-300:]}"}
-    return report
+    arguments = (stock_load.__file__, str(folder), depth, "1" if try_without_trust else "0")
+    variables = _own_caches(scratch)
+    return run_script(portable_load.__file__, *arguments, timeout_seconds=timeout_seconds, variables=variables)
 
 
-def _environment(scratch: str) -> dict[str, str]:
-    """This process's, offline, and with caches of its own: neither code cached earlier is used, nor any left behind."""
-    return {
-        **os.environ,
-        "HF_HOME": scratch,
-        "HF_MODULES_CACHE": str(Path(scratch) / "modules"),
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }
+def _own_caches(scratch: str) -> dict[str, str]:
+    """Caches of its own: neither code cached earlier is used, nor any left behind."""
+    modules = str(Path(scratch) / "modules")
+    return {"HF_HOME": scratch, "HF_MODULES_CACHE": modules, "TRANSFORMERS_OFFLINE": "1"}
 
 
 def _fault(report: Mapping[str, Any]) -> str:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from regraft.core.child import run_script
 from regraft.core.errors import VerificationError
 from regraft.core.verify import stock_load
 
@@ -36,7 +33,9 @@ def verify_load(
     Raises:
         VerificationError: it does not load, a key is missing, unknown or of another shape, or logits are not finite.
     """
-    report, where = _run(folder, depth, trust), label or str(folder)
+    arguments = (str(folder), depth, "1" if trust else "0")
+    report = run_script(stock_load.__file__, *arguments, timeout_seconds=_TIMEOUT_SECONDS)
+    where = label or str(folder)
     if "error" in report:
         verb = "compute with" if report.get("stage") == "forward" else "load"
         raise VerificationError(
@@ -56,31 +55,4 @@ def verify_load(
             expected="finite numbers",
             remedy="scan the weights with `regraft verify --deep`",
         )
-    return report
-
-
-def _run(folder: Path, depth: str, trust: bool) -> dict[str, Any]:
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }
-    command = [sys.executable, "-I", stock_load.__file__, str(folder), depth, "1" if trust else "0"]
-    try:
-        done = subprocess.run(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"no answer within {_TIMEOUT_SECONDS} s"}
-    try:
-        report: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    except (IndexError, ValueError):
-        return {"error": f"the process ended with status {done.returncode}: {done.stderr.strip()[-300:]}"}
     return report

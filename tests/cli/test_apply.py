@@ -78,6 +78,7 @@ def test_force_replaces_the_whole_target(workplace):
 def test_an_empty_target_needs_no_force(workplace):
     Path("out").mkdir()
     done("apply", write_recipe(Path("r.toml"), "base", ABF, path="out"))
+    assert Path("out/regraft.lock.json").is_file()
 
 
 def test_what_is_left_behind_is_said(workplace):

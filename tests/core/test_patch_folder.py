@@ -115,7 +115,10 @@ def test_a_formula_takes_little_room(tmp_path):
 def test_operands_stay_on_disk_until_they_are_needed(below, tmp_path, monkeypatch):
     save_patch(everything(below), below, overlay(below, everything(below), by="s"), tmp_path / "p")
     monkeypatch.setattr(os, "preadv", lambda *arguments: pytest.fail("an operand is read"))
-    load_patch(tmp_path / "p")
+    patch, _ = load_patch(tmp_path / "p")
+    operand = next(operand for edit in patch.edits.values() for operand in edit.operation.operands.values())
+    with pytest.raises(pytest.fail.Exception, match="an operand is read"):
+        operand.load()
 
 
 def test_an_empty_patch_is_saved(below, tmp_path):

@@ -25,7 +25,7 @@ def stand_in(monkeypatch):
 
     def replace(output, code=0, stderr=""):
         done = subprocess.CompletedProcess([], code, output, stderr)
-        monkeypatch.setattr(loading.subprocess, "run", lambda *arguments, **options: done)
+        monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: done)
 
     return replace
 
@@ -70,7 +70,7 @@ def test_a_process_that_hangs(monkeypatch, tmp_path):
     def hang(command, **options):
         raise subprocess.TimeoutExpired(command, 1)
 
-    monkeypatch.setattr(loading.subprocess, "run", hang)
+    monkeypatch.setattr(subprocess, "run", hang)
     with pytest.raises(VerificationError, match="cannot load") as caught:
         verify_load(tmp_path, "load", trust=False)
     assert "no answer" in caught.value.found
@@ -83,7 +83,7 @@ def test_the_process_sees_neither_regraft_nor_a_network(monkeypatch, tmp_path):
         seen.update(options, command=command)
         return subprocess.CompletedProcess(command, 0, answer(), "")
 
-    monkeypatch.setattr(loading.subprocess, "run", record)
+    monkeypatch.setattr(subprocess, "run", record)
     verify_load(tmp_path, "load", trust=False)
     assert seen["command"][:2] == [sys.executable, "-I"]
     assert seen["command"][-1] == "0"
