@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
 import sys
 from typing import Annotated, Any
 
@@ -13,6 +12,7 @@ from typer.core import TyperGroup
 
 from regraft.cli import apply, check, diff, inspect, plan, plugins, recipes, schema, verify
 from regraft.cli.console import fail, interrupted
+from regraft.cli.interrupts import Interrupted, ignore, listen
 from regraft.core.errors import UsageError
 
 _CommandLineError: type[Exception] = next(
@@ -88,17 +88,21 @@ for _module in (apply, plan, check, inspect, diff, verify, plugins, schema):
 app.add_typer(recipes.app, name="recipes")
 
 
-class Interrupted(BaseException):
-    """Ctrl-C or a request to end: not a `KeyboardInterrupt`, which typer would turn into exit code 1."""
-
-
 def run(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with the documented code: 0, 1, 2, 3, 4, 5, or 130."""
     given = sys.argv[1:] if arguments is None else arguments
-    as_json, show_traceback = "--json" in given, "--traceback" in given
     gc.set_threshold(100_000)  # starting makes many objects and little garbage: a tenth of the CPU time
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    listen()
+    try:
+        code = _settle(given)
+    except Interrupted:
+        code = interrupted(as_json="--json" in given)
+    sys.exit(code or 0)
+
+
+def _settle(given: list[str]) -> Any:
+    """The exit code; once it is known, a signal changes nothing any more."""
+    as_json = "--json" in given
     try:
         code = app(
             args=[argument for argument in given if argument != "--traceback"],
@@ -106,21 +110,16 @@ def run(arguments: list[str] | None = None) -> None:
             standalone_mode=False,
         )
         sys.stdout.flush()
-    except Interrupted:
-        code = interrupted(as_json=as_json)
     except _CommandLineError as error:
         code = fail(_usage(error), as_json=as_json)
     except (SystemExit, BrokenPipeError) as ending:
         code = _ended(ending)
     except Exception as error:
-        if show_traceback:
+        if "--traceback" in given:
             raise
         code = fail(error, as_json=as_json)
-    sys.exit(code or 0)
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    raise Interrupted
+    ignore()
+    return code
 
 
 def _usage(error: Any) -> UsageError:
