@@ -41,7 +41,10 @@ class Run:
         seed: the recipe's seed; see `seed_for`.
         strict: refuse what is otherwise warned about.
         cache: a folder for the step's own intermediate files, gone when the run ends.
-        tell: shows a line of progress to the user.
+        tell: shows a line of progress to the user; under torchrun, that of the first process.
+        state: where the step may keep what lets it go on after the run was killed, interrupted or failed. The step makes
+            the folder; only the first process writes it. It is gone when the target stands.
+        rank, world: this process and how many there are, under torchrun.
     """
 
     step: str
@@ -50,6 +53,9 @@ class Run:
     strict: bool = False
     cache: Path | None = None
     tell: Callable[[str], None] = field(default=_silent, compare=False)
+    state: Path | None = None
+    rank: int = 0
+    world: int = 1
 
     def seed_for(self, name: str) -> int:
         """A 63-bit seed from the recipe's seed, the step and `name`: independent of order and of threads."""
