@@ -9,14 +9,14 @@ from regraft.core.checkpoint import Checkpoint
 from regraft.core.errors import Unsupported
 from regraft.core.operations import Value
 from regraft.core.patch import Edit, Patch
-from regraft.core.specs import FLOAT_CODES, torch_dtype
+from regraft.core.specs import FLOAT_CODES
 from regraft.core.tensors import LazyTensor, MemoryTensor
 
 if TYPE_CHECKING:
     import torch
 
 
-def trained_patch(before: Checkpoint, model: Any, names: Iterable[str]) -> Patch:
+def trained_patch(before: Checkpoint, model: Any, names: Iterable[str], *, strength: float = 1.0) -> Patch:
     """The patch that stores what `model` has learnt.
 
     It has an edit for every tensor behind `names`, so that it keeps an outline's promise. One whose bytes are still
@@ -26,17 +26,20 @@ def trained_patch(before: Checkpoint, model: Any, names: Iterable[str]) -> Patch
         before: what the model was made from.
         model: from `materialise_model`, trained.
         names: parameters that were trained, as the model names them.
+        strength: how much of the change is stored; see `interpolate`.
 
     Raises:
         Unsupported: a parameter is no tensor of the checkpoint, or not of floating point.
     """
+    from regraft.core.training.interpolate import interpolate
+
     edits, changed = {}, 0
     for name in names:
         for stored, tensor in stored_tensors(before, model, name).items():
-            spec = before.specs[stored]
-            rounded = tensor.detach().to("cpu", torch_dtype(spec.dtype), copy=True).contiguous()
+            spec, old = before.specs[stored], before.load(stored)
+            rounded = interpolate(old, tensor, strength)
             source: LazyTensor = MemoryTensor(stored, rounded)
-            if _same(before.load(stored), rounded):
+            if _same(old, rounded):
                 source = before.tensor(stored)
             else:
                 changed += 1
