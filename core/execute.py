@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from regraft.core.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint, FileRef
 from regraft.core.devices import check_device, resolve_device
 from regraft.core.errors import InputError, PluginError, TransformationError, VerificationError
 from regraft.core.host import Host
@@ -20,7 +20,7 @@ from regraft.core.patch import Patch, overlay
 from regraft.core.plan import Plan, PlannedStep, blaming, make_plan, open_base, output_patches, paths_of
 from regraft.core.requirements import check_resources, worker_count
 from regraft.core.saved_patches import check_patch_folders, save_patches
-from regraft.core.sources.folder import CARD, INDEX, LOCK, open_folder
+from regraft.core.sources.folder import CARD, INDEX, LOCK, REPORTS, open_folder
 from regraft.core.sources.open import dequantised
 from regraft.core.transformation import Run
 from regraft.core.verify import Finding, check_structure, raise_findings, same_vocabulary
@@ -166,7 +166,8 @@ def run_steps(plan: Plan, host: Host, space: Workspace, device: str, options: Ap
     checkpoints, patches = [plan.base], []
     for step in plan.steps:
         checkpoint = checkpoints[-1]
-        run = Run(step.id, device, plan.recipe.seed, options.strict, space.cache, events.say)
+        trust = plan.recipe.base.trust_remote_code or _all_code_is_ours(plan.steps, patches, checkpoint)
+        run = Run(step.id, device, plan.recipe.seed, options.strict, space.cache, events.say, trust=trust)
         host.before_step(step.id, checkpoint)
         patch = _apply_step(step, checkpoint, run)
         host.after_step(step.id, checkpoint, patch)
@@ -177,6 +178,7 @@ def run_steps(plan: Plan, host: Host, space: Workspace, device: str, options: Ap
     for name, patch in output_patches(plan.recipe, result, host):
         notes += patch.notes
         result = overlay(result, patch, by=name)
+    result = replace(result, files={**result.files, **_reports(plan.steps, patches)})
     return StepsRun(tuple(patches), tuple(checkpoints), result, tuple(notes))
 
 
@@ -192,6 +194,17 @@ def _apply_step(step: PlannedStep, checkpoint: Checkpoint, run: Run) -> Patch:
         )
     _check_metrics(step, patch)
     return patch
+
+
+def _reports(steps: Sequence[PlannedStep], patches: Sequence[Patch]) -> dict[str, FileRef]:
+    """The reports of every step, by their places in the output."""
+    files = {}
+    for step, patch in zip(steps, patches, strict=True):
+        for name, file in patch.reports.items():
+            if PurePosixPath(name).name != name or name in ("", "..") or set(name) & {"\0", "\\"}:
+                raise PluginError("a report has no plain file name", where=f"step {step.id}", found=ascii(name))
+            files[f"{REPORTS}/{step.id}/{name}"] = file
+    return files
 
 
 def _check_metrics(step: PlannedStep, patch: Patch) -> None:
@@ -273,17 +286,17 @@ def verify_output(plan: Plan, ran: StepsRun, output: Path, options: ApplyOptions
     if depth in ("load", "forward"):
         from regraft.core.verify.load import verify_load
 
-        trust = plan.recipe.base.trust_remote_code or _all_code_is_ours(plan, ran)
+        trust = plan.recipe.base.trust_remote_code or _all_code_is_ours(plan.steps, ran.patches, result)
         verify_load(output, depth, trust=trust, label=_OUTPUT)  # type: ignore[arg-type]
     return depth
 
 
-def _all_code_is_ours(plan: Plan, ran: StepsRun) -> bool:
-    """Whether every Python file of the output comes from the templates of an installed plugin, and there is one.
+def _all_code_is_ours(steps: Sequence[PlannedStep], patches: Sequence[Patch], result: Checkpoint) -> bool:
+    """Whether every Python file of `result` comes from the templates of an installed plugin, and there is one.
 
     A saved patch may be anybody's, and so may the base.
     """
-    steps = zip(plan.steps, ran.patches, strict=True)
-    ours = {name: file for step, patch in steps if step.transformation.own_code for name, file in patch.files.items()}
-    code = {name: file for name, file in ran.result.files.items() if name.endswith(".py")}
+    done = zip(steps, patches, strict=False)
+    ours = {name: file for step, patch in done if step.transformation.own_code for name, file in patch.files.items()}
+    code = {name: file for name, file in result.files.items() if name.endswith(".py")}
     return bool(code) and all(ours.get(name) == file for name, file in code.items())

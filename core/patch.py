@@ -43,6 +43,8 @@ class Patch:
         dropped: files to leave behind, with the reason.
         metrics: numbers for the report, by name; JSON values.
         notes: sentences for the user and the model card.
+        reports: plots, samples, scores and the like, by plain file name; they come to stand in `regraft/STEP/` of the
+            output. The same run gives the same bytes: no times, no paths. Neither outlined nor kept in a saved patch.
     """
 
     edits: Mapping[str, Edit] = field(default_factory=dict)
@@ -53,6 +55,7 @@ class Patch:
     dropped: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    reports: Mapping[str, FileRef] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

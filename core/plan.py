@@ -74,12 +74,12 @@ class Plan:
 
     @property
     def file_bytes(self) -> int:
-        """Size of all other files; the lock file and the model card, known only after the run, are not counted."""
+        """Size of all other files, but for those known only after the run: lock file, model card, reports of steps."""
         return sum(file.nbytes for file in self.result.files.values())
 
     @property
     def output_bytes(self) -> int:
-        """Size of the output without lock file and model card."""
+        """Size of the output without lock file, model card and reports."""
         return self.weight_bytes + self.file_bytes
 
     @property

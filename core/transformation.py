@@ -42,6 +42,7 @@ class Run:
         strict: refuse what is otherwise warned about.
         cache: a folder for the step's own intermediate files, gone when the run ends.
         tell: shows a line of progress to the user; under torchrun, that of the first process.
+        trust: whether Python code of the checkpoint may run: the recipe says so, or it comes from our own steps.
         state: where the step may keep what lets it go on after the run was killed, interrupted or failed. The step makes
             the folder; only the first process writes it. It is gone when the target stands.
         rank, world: this process and how many there are, under torchrun.
@@ -53,6 +54,7 @@ class Run:
     strict: bool = False
     cache: Path | None = None
     tell: Callable[[str], None] = field(default=_silent, compare=False)
+    trust: bool = False
     state: Path | None = None
     rank: int = 0
     world: int = 1
@@ -66,13 +68,13 @@ class Run:
         """The stock transformers model of `checkpoint` on this run's device; see `training.model.materialise_model`."""
         from regraft.core.training.model import materialise_model
 
-        return materialise_model(checkpoint, self.device, **options)
+        return materialise_model(checkpoint, self.device, **{"trust_remote_code": self.trust, **options})
 
     def tokenizer(self, checkpoint: Checkpoint, **options: Any) -> Any:
         """The tokenizer of `checkpoint`; see `training.model.materialise_tokenizer`."""
         from regraft.core.training.model import materialise_tokenizer
 
-        return materialise_tokenizer(checkpoint, **options)
+        return materialise_tokenizer(checkpoint, **{"trust_remote_code": self.trust, **options})
 
 
 class Transformation(ABC, Generic[P]):

@@ -16,6 +16,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 LOCK = "regraft.lock.json"
 CARD = "README.md"
+REPORTS = "regraft"
+"""Folder of an output with a folder of reports for each step."""
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 WEIGHT_SUFFIXES = PICKLE_SUFFIXES | {
@@ -227,6 +229,8 @@ def side_files(folder: Path, own: set[str]) -> tuple[dict[str, FileRef], dict[st
             left_behind[name] = "weights in another file or format, not rewritten"
         elif name.endswith(".index.json"):
             left_behind[name] = "index of weights that are not rewritten"
+        elif name.startswith(f"{REPORTS}/"):
+            left_behind[name] = "reports on how the base was made"
         elif name == LOCK:
             left_behind[name] = "describes the base; the output gets its own"
         else:

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from regraft.core.checkpoint import FileRef
 from regraft.core.errors import InputError, PluginError, TransformationError, UsageError, VerificationError
 from regraft.core.execute import ApplyOptions, Events, apply, inputs_of, prepare
 from regraft.core.operations import Value
 from regraft.core.patch import Edit, Outline, Patch
 from regraft.core.recipe.load import load_recipe
+from regraft.core.sources.folder import open_folder
 from regraft.core.tensors import MemoryTensor
 from regraft.core.transformation import Params, Transformation
+from regraft.core.verify.folder import verify_folder
 from tests.adapters import write_adapter
 from tests.plugin_host import host_with
 from tests.running import ABF, tree, write_recipe
@@ -64,6 +67,10 @@ class Toy(Transformation[ToyParams]):
                 return self._patch(checkpoint, metrics={"loss": torch.ones(1)})
             case "nan metrics":
                 return self._patch(checkpoint, metrics={"loss": float("nan")})
+            case "report":
+                return self._patch(checkpoint, reports={"loss.txt": FileRef(data=b"0.5\n")})
+            case "odd report":
+                return self._patch(checkpoint, reports={"../loss.txt": FileRef(data=b"0.5\n")})
         return self._patch(checkpoint, metrics={"loss": 0.5, "steps": 3})
 
 
@@ -100,6 +107,18 @@ def test_a_run_and_its_report(workplace):
                                     *(f"out/{name}" for name in tree(Path("out")))}  # fmt: skip
 
 
+def test_reports_of_a_step_stand_in_a_folder_of_their_own_and_are_not_carried_on(workplace):
+    run({"use": "toy", "id": "ones", "mode": "report"}, {"use": "toy", "id": "twos", "mode": "report"})
+    for step in ("ones", "twos"):
+        assert Path("out/regraft", step, "loss.txt").read_bytes() == b"0.5\n"
+    lock = json.loads(Path("out/regraft.lock.json").read_text())
+    assert "regraft/ones/loss.txt" in lock["output"]["files"]
+    assert verify_folder(Path("out")).faults == []
+    assert "regraft/ones/loss.txt" in open_folder(Path("out"), label="out").left_behind
+    Path("out/regraft/ones/loss.txt").write_text("0.4\n")
+    assert [fault.where for fault in verify_folder(Path("out")).faults] == ["out: regraft/ones/loss.txt"]
+
+
 @pytest.mark.parametrize(
     ("mode", "kind", "code", "words"),
     [
@@ -109,6 +128,7 @@ def test_a_run_and_its_report(workplace):
         ("other tensors", TransformationError, 1, ["step toy", "not what the plan said", "specs"]),
         ("metrics", PluginError, 5, ["step toy", "not JSON", "Tensor"]),
         ("nan metrics", PluginError, 5, ["step toy", "not JSON"]),
+        ("odd report", PluginError, 5, ["step toy", "no plain file name", "../loss.txt"]),
     ],
 )
 def test_a_step_that_does_not_keep_its_word(mode, kind, code, words, workplace):
