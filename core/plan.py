@@ -8,21 +8,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel
+
 from regraft.core.buffers import CHUNK_BYTES, unreadable
 from regraft.core.cast import cast_patch
 from regraft.core.checkpoint import Checkpoint
+from regraft.core.data.settings import DataSettings
 from regraft.core.errors import PluginError, RegraftError, ResourceError
 from regraft.core.host import Host, PluginInfo
 from regraft.core.layout import Layout, lay_out
 from regraft.core.operations import leaves
 from regraft.core.patch import Outline, Patch, overlay, promise
+from regraft.core.recipe.nodes import shape_of
 from regraft.core.sources import open_checkpoint
 from regraft.core.sources.folder import CARD, LOCK
 from regraft.core.tensors import LazyTensor
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
-
     from regraft.core.recipe.model import Recipe, Step
     from regraft.core.transformation import AnyTransformation
 
@@ -186,13 +188,19 @@ def _failed(step: str, error: Exception) -> PluginError:
 
 
 def paths_of(params: BaseModel) -> Iterator[tuple[str, Path]]:
-    """Every path in a step's parameters, with its key, such as `corpora[1]`."""
-    yield from _paths(params.model_dump(), "")
+    """Every path that a step reads, with its key, such as `corpora[1]`; of data only what is no hub id."""
+    yield from _paths(params, "")
 
 
 def _paths(value: Any, key: str) -> Iterator[tuple[str, Path]]:
     if isinstance(value, Path):
         yield key, value
+    elif isinstance(value, DataSettings):
+        yield from _paths([path for source in value.sources if (path := Path(source)).exists()], f"{key}.source")
+    elif isinstance(value, BaseModel):
+        shape = shape_of(type(value))
+        outputs = {name for name, _ in value for node in shape.at((name,), {}) if node.get("format") == "output-path"}
+        yield from _paths({name: item for name, item in value if name not in outputs}, key)
     elif isinstance(value, Mapping):
         for name, item in value.items():
             yield from _paths(item, f"{key}.{name}" if key else str(name))

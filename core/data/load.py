@@ -42,6 +42,24 @@ class Dataset:
         """SHA-256 of what the sequences teach."""
         return digest(self.examples)
 
+    def summary(self) -> dict[str, Any]:
+        """For a patch's metrics: digest, counts, SHA-256 by the name of each file; no path."""
+        return {
+            "digest": self.digest,
+            **self.counts,
+            "files": {Path(name).name: sha256 for name, sha256 in sorted(self.files.items())},
+        }
+
+
+def check_sources(settings: DataSettings) -> None:
+    """Whether the files that `settings` names are there; for `Transformation.check`, reads none of them.
+
+    Raises:
+        UsageError: a path that leads nowhere, or a folder without data.
+    """
+    for source in settings.sources:
+        files_of(source)
+
 
 def load_data(settings: DataSettings, tokenizer: Any, *, window: int, seed: int = 0) -> Dataset:
     """Read and tokenise what `settings` names.

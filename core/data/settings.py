@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from regraft.core.recipe.references import ModelReference
+from regraft.core.recipe.references import DataReference
 from regraft.core.transformation import Params
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -33,7 +33,7 @@ class DataSettings(Params):
         max_bad_rows: rows that may be skipped because they cannot be used.
     """
 
-    source: ModelReference | tuple[ModelReference, ...]
+    source: DataReference | tuple[DataReference, ...]
     kind: Literal["text", "completion", "chat", "preference"] | None = None
     columns: dict[str, str] = Field(default_factory=dict)
     text_unit: Literal["file", "paragraph", "line"] = "file"
@@ -57,3 +57,18 @@ class DataSettings(Params):
     def summary(self) -> dict[str, Any]:
         """What decides the sequences, without where the files stand; JSON values."""
         return self.model_dump(mode="json", exclude={"source"})
+
+
+def _table(value: Any) -> Any:
+    """The table that `value` is short for; its arrays as tuples, since what a function returns is no longer JSON."""
+    table = {"source": value} if isinstance(value, str | list | tuple) else value
+    if isinstance(table, dict) and isinstance(table.get("source"), list):
+        return {**table, "source": tuple(table["source"])}
+    return table
+
+
+Data = Annotated[
+    DataSettings,
+    BeforeValidator(_table, json_schema_input_type=DataReference | tuple[DataReference, ...] | DataSettings),
+]
+"""A recipe's key for data: a source, several, or a table with `source` and how its rows become sequences."""

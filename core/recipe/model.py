@@ -192,14 +192,26 @@ def _dump(model: BaseModel) -> dict[str, Any]:
 def _rewrite(resolved: Any, path: KeyPath, reference: Reference, folder: Path) -> None:
     """Write one path as `folder` would, unless the recipe was changed there after it was read."""
     for part in path[:-1]:
-        known = part in resolved if isinstance(part, str) else part < len(resolved)
-        if not known:
-            return
-        resolved = resolved[part]
+        resolved = _item(resolved, part)
+    last: str | int = path[-1]
+    if isinstance(table := _item(resolved, last), dict):  # the path was short for a table of which it is the source
+        resolved, last = table, "source"
     if path[0] == "output":
         folder = reference.folder
-    if _same_path(resolved.get(path[-1]) if isinstance(resolved, dict) else resolved[path[-1]], reference.usable):
-        resolved[path[-1]] = reference.relative_to(folder)
+    if _same_path(_item(resolved, last), reference.usable):
+        _container(resolved, last)[last] = reference.relative_to(folder)
+
+
+def _item(container: Any, part: str | int) -> Any:
+    container = _container(container, part)
+    if isinstance(container, dict):
+        return container.get(part)
+    return container[part] if isinstance(container, list) and isinstance(part, int) and part < len(container) else None
+
+
+def _container(found: Any, part: str | int) -> Any:
+    """What `part` is looked up in: the array `source` of a table for which an array was short, or what was found."""
+    return found.get("source") if isinstance(part, int) and isinstance(found, dict) else found
 
 
 def _same_path(found: Any, usable: str) -> bool:

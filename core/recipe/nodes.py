@@ -21,7 +21,8 @@ Node = dict[str, Any]
 
 _STRINGS = {
     "path": "a path", "file-path": "the path of a file", "directory-path": "the path of a folder",
-    "output-path": "a path", "model": "a model (a folder, a .safetensors or .gguf file, or a hub id)",
+    "output-path": "a path", "data": "a source of data (a file, a folder of files, or a hub id)",
+    "model": "a model (a folder, a .safetensors or .gguf file, or a hub id)",
     "date": "a date", "date-time": "a date and time", "time": "a time of day", "duration": "a duration",
     "uri": "a URL", "name": "a name of letters, digits, - _ and ., with a letter or digit first",
     "byte-size": 'a size such as "5GB", "500MB" or "2GiB"',

@@ -6,6 +6,7 @@ and a parent reached by `extends` keeps its own data beside itself. Three kinds 
 - a parameter of type `pathlib.Path` (or pydantic's `FilePath`, `DirectoryPath`);
 - a `ModelReference`, such as `[base] model`: a folder or file if it looks like one (`./x`, `../x`, `x.safetensors`,
   `x.gguf`) or is there beside the recipe; otherwise it is handed on as it is: `demo:tiny`, a hub id;
+- a `DataReference`, likewise: a file or folder of data, or a hub id;
 - `[output] path`, the exception: results go where the user stands, so it starts at the current folder.
 
 Values given by `--set` start at the current folder, as any path on a command line. `~` is the home folder.
@@ -30,11 +31,19 @@ ModelReference = Annotated[str, WithJsonSchema({"type": "string", "format": "mod
 """A folder, a .safetensors or .gguf file, or a name that a source knows, such as a hub id. Validates to a string that
 means the same from the current folder."""
 
+DataReference = Annotated[str, WithJsonSchema({"type": "string", "format": "data", "minLength": 1})]
+"""A data file, a folder of them, or a name that the `datasets` library knows. Validates as a `ModelReference`."""
+
 OutputPath = Annotated[Path, WithJsonSchema({"type": "string", "format": "output-path", "minLength": 1})]
 """A place to write to, relative to the current folder."""
 
+_NOUNS = {"model": "model", "data": "source of data"}
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
-_MODEL_FILES = (".safetensors", ".gguf")
+_FILES = {
+    "model": (".safetensors", ".gguf"),
+    "data": (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md"),
+}
+"""What tells a file, there or not, from a name."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ class _Refused(ValueError):
 
 
 def _kind(nodes: list[Node], text: str) -> str | None:
-    """`path`, `output-path` or `model`; None where the schema takes the text as it is.
+    """`path`, `output-path`, `model` or `data`; None where the schema takes the text as it is.
 
     Of several kinds of strings the first is what pydantic makes of the text; a literal choice goes before all of them.
     """
@@ -98,26 +107,26 @@ def _kind(nodes: list[Node], text: str) -> str | None:
     if text in choices(nodes) or not formats:
         return None
     kind = "path" if formats[0] in PATH_FORMATS else formats[0]
-    return kind if kind in ("path", "output-path", "model") else None
+    return kind if kind in ("path", "output-path", *_FILES) else None
 
 
 def _reference(kind: str, text: str, folder: Path) -> Reference | None:
     if not text:
-        raise _Refused(f"expected a {'model' if kind == 'model' else 'path'}, found an empty string")
+        raise _Refused(f"expected a {_NOUNS.get(kind, 'path')}, found an empty string")
     if "\0" in text:
         raise _Refused("a path cannot hold the character U+0000")
     match kind:
         case "output-path":
             return Reference(text, _home(text), Path())
-        case "model":
-            return _model(text, folder)
+        case "model" | "data":
+            return _named(text, folder, _FILES[kind])
     return Reference(text, _joined(text, folder), folder)
 
 
-def _model(text: str, folder: Path) -> Reference | None:
+def _named(text: str, folder: Path, suffixes: tuple[str, ...]) -> Reference | None:
     if _SCHEME.match(text):
         return None
-    explicit = text in (".", "..") or text.startswith(("./", "../", "/", "~")) or text.endswith(_MODEL_FILES)
+    explicit = text in (".", "..") or text.startswith(("./", "../", "/", "~")) or text.endswith(suffixes)
     if explicit or exists(folder / text):
         usable = _joined(text, folder)
         return Reference(text, usable if folder == Path() else _explicit(usable), folder)

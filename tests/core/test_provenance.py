@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from regraft.core.data.settings import Data
 from regraft.core.errors import InputError
 from regraft.core.provenance import data_digests, environment, model_card, package_version, sha256
+from regraft.core.recipe.references import OutputPath
 from regraft.core.transformation import Params
 from tests.adapters import write_adapter
 from tests.checkpoints import write_checkpoint
@@ -181,14 +183,19 @@ def test_data_digests(tmp_path):
         missing: Path | None = None
         corpora: tuple[Path, ...] = ()
         count: int = 3
+        log: OutputPath | None = None
+        data: Data | None = None
 
     (tmp_path / "corpus.txt").write_text("abc")
     (tmp_path / "folder" / "inner").mkdir(parents=True)
     (tmp_path / "folder" / "inner" / "a.txt").write_text("a")
     corpora = (tmp_path / "nowhere", tmp_path / "corpus.txt")
-    found = data_digests(Files(corpus=tmp_path / "corpus.txt", folder=tmp_path / "folder", corpora=corpora))
+    given = {"corpus": tmp_path / "corpus.txt", "folder": tmp_path / "folder", "corpora": corpora}
+    data = {"source": ["org/name", str(tmp_path / "corpus.txt")]}
+    found = data_digests(Files(**given, log=tmp_path / "corpus.txt", data=data))
     assert found == {
         "corpora[1]": hashlib.sha256(b"abc").hexdigest(),
+        "data.source[0]": hashlib.sha256(b"abc").hexdigest(),
         "corpus": hashlib.sha256(b"abc").hexdigest(),
         "folder": {"inner/a.txt": hashlib.sha256(b"a").hexdigest()},
     }

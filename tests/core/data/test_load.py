@@ -11,10 +11,11 @@ from pydantic import ValidationError
 
 from regraft.core.data.examples import IGNORED, Example, digest, ints
 from regraft.core.data.lengths import pack
-from regraft.core.data.load import files_of, load_data
+from regraft.core.data.load import check_sources, load_data
 from regraft.core.data.rows import Place
-from regraft.core.data.settings import DataSettings
-from regraft.core.errors import InputError, UsageError
+from regraft.core.data.settings import Data, DataSettings
+from regraft.core.errors import InputError, RecipeError, UsageError
+from regraft.core.plan import paths_of
 from regraft.core.recipe.load import load_recipe
 from regraft.core.transformation import Params
 from tests.core.data.vocabularies import tokenizer
@@ -184,22 +185,69 @@ def test_settings_are_light():
 
 
 class Tune(Params):
-    data: DataSettings
+    data: Data
 
 
 class TuneMethod:
     Params = Tune
 
 
-@pytest.mark.parametrize("written", ['"texts.jsonl"', '["texts.jsonl", "org/name"]'])
-def test_sources_start_at_the_folder_of_the_recipe(tmp_path, monkeypatch, written):
+def tune(data):
+    Path("sub").mkdir()
+    Path("sub/texts.jsonl").write_text('{"text": "abc"}')
+    Path("sub/r.toml").write_text(f'base.model = "demo:tiny"\n[[steps]]\nuse = "tune"\ndata = {data}\n')
+    return load_recipe("sub/r.toml", (), {"tune": TuneMethod}, {})
+
+
+@pytest.mark.parametrize(
+    ("data", "sources"),
+    [
+        ('"texts.jsonl"', ["texts.jsonl"]),
+        ('["texts.jsonl", "org/name"]', ["texts.jsonl", "org/name"]),
+        ('{ source = "texts.jsonl", max_tokens = 8 }', ["texts.jsonl"]),
+        ('{ source = ["org/name", "missing.csv"], max_tokens = 8 }', ["org/name", "missing.csv"]),
+    ],
+)
+def test_sources_start_at_the_folder_of_the_recipe(tmp_path, monkeypatch, data, sources):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "texts.jsonl").write_text('{"text": "abc"}')
-    recipe = f'base.model = "demo:tiny"\n[[steps]]\nuse = "tune"\n[steps.data]\nsource = {written}\nmax_tokens = 8\n'
-    (tmp_path / "sub" / "r.toml").write_text(recipe)
-    settings = load_recipe("sub/r.toml", (), {"tune": TuneMethod}, {}).steps[0].params.data
-    assert settings.sources == ("./sub/texts.jsonl", "org/name")[: len(settings.sources)]
-    assert files_of(settings.sources[0]) == [Path("sub/texts.jsonl")]
-    assert settings.summary()["max_tokens"] == 8
+    recipe = tune(data)
+    settings = recipe.steps[0].params.data
+    usable = [name if name == "org/name" else f"./sub/{name}" for name in sources]
+    assert list(settings.sources) == usable
+    assert settings.summary()["max_tokens"] == (8 if "max_tokens" in data else None)
     assert "source" not in settings.summary()
+    written = recipe.resolved()["steps"][0]["data"]
+    written = written["source"] if isinstance(written, dict) else written
+    assert ([written] if isinstance(written, str) else written) == sources
+    there = [Path("sub", name) for name in sources if name == "texts.jsonl"]
+    assert [path for _, path in paths_of(recipe.steps[0].params)] == there
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("3", ["data", "a source of data (a file, a folder of files, or a hub id)", "found 3"]),
+        ('{ source = "a.txt", too_lang = "drop" }', ["data.too_lang", 'did you mean "too_long"?']),
+        ('""', ["data", "expected a source of data, found an empty string"]),
+    ],
+)
+def test_data_that_is_written_wrong(tmp_path, monkeypatch, data, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError) as caught:
+        tune(data)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_missing_sources_are_found_before_anything_is_read(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    check_sources(DataSettings(source=(str(tmp_path / "a.txt"), "org/name")))
+    with pytest.raises(UsageError, match="no such file"):
+        check_sources(DataSettings(source=(str(tmp_path / "a.txt"), str(tmp_path / "b.txt"))))
+
+
+def test_the_summary_names_files_without_their_folders(tmp_path):
+    data = load(tmp_path, [{"text": "abc"}, {"text": "de"}])
+    assert data.summary() == {
+        "digest": data.digest, **data.counts, "files": {"data.jsonl": next(iter(data.files.values()))},
+    }  # fmt: skip
