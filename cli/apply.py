@@ -35,6 +35,9 @@ def apply(
     strict: Annotated[bool, typer.Option("--strict", help="Refuse NaN and Inf in tensors that a step reads.")] = False,
     verify: Annotated[str | None, typer.Option(help="structure, load or forward; overrides [output] verify.")] = None,
     save_patches: Annotated[Path | None, typer.Option(help="Save each step's patch into this folder.")] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Train anew, whatever an unfinished run into this target has saved.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run a recipe and write a new checkpoint."""
@@ -50,7 +53,7 @@ def apply(
         )
     parsed = validated(recipe, overrides)
     target = target_of(parsed, output)
-    options = ApplyOptions(device, threads, force, link, durable, strict, verify, save_patches)
+    options = ApplyOptions(device, threads, force, link, durable, strict, verify, save_patches, restart)
     with progress(as_json=as_json) as bar:
         say = partial(_say, as_json=as_json)
         events = Events(say=say, start=bar.start, advance=bar.advance)

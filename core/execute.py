@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -49,6 +50,7 @@ class ApplyOptions:
         strict: refuse NaN and Inf in tensors that a step reads.
         verify: `structure`, `load` or `forward`; None takes the recipe's.
         save_patches: folder to which each step's patch is saved.
+        restart: forget what steps of an earlier run into the same target have saved to go on from.
     """
 
     device: str = "auto"
@@ -59,6 +61,7 @@ class ApplyOptions:
     strict: bool = False
     verify: str | None = None
     save_patches: Path | None = None
+    restart: bool = False
 
 
 @dataclass
@@ -115,7 +118,7 @@ def apply(recipe: Recipe, target: Path, host: Host, options: ApplyOptions, event
         check_patch_folders(plan, options.save_patches, [target, *inputs_of(plan)])
     check_resources(plan, target, link=options.link)
     device = resolve_device(options.device) if plan.computes else "cpu"
-    with workspace(target) as space:
+    with workspace(target, restart=options.restart) as space, _saying_what_stays(space, events):
         ran = run_steps(plan, host, space, device, options, events)
         layout, written = _write(plan, ran.result, space, device, options, events)
         with resources(space.output):
@@ -127,6 +130,17 @@ def apply(recipe: Recipe, target: Path, host: Host, options: ApplyOptions, event
         space.commit(durable=options.durable)
     seconds = time.monotonic() - started
     return ApplyReport(target, plan, ran.patches, written, size, seconds, verified, tuple(findings), ran.notes)
+
+
+@contextmanager
+def _saying_what_stays(space: Workspace, events: Events) -> Iterator[None]:
+    """Tell of the state that steps leave behind when the run does not reach its end."""
+    try:
+        yield
+    except BaseException:
+        if space.keeps_state:
+            events.say("the state of the training is kept: the same command goes on from it, --restart begins anew")
+        raise
 
 
 def inputs_of(plan: Plan) -> Iterator[Path]:
@@ -163,11 +177,12 @@ def run_steps(plan: Plan, host: Host, space: Workspace, device: str, options: Ap
         TransformationError: a step failed, or its patch is not what it promised.
         PluginError: a plugin raised something else than a RegraftError.
     """
-    checkpoints, patches = [plan.base], []
+    checkpoints, patches = [plan.base], list[Patch]()
     for step in plan.steps:
         checkpoint = checkpoints[-1]
         trust = plan.recipe.base.trust_remote_code or _all_code_is_ours(plan.steps, patches, checkpoint)
-        run = Run(step.id, device, plan.recipe.seed, options.strict, space.cache, events.say, trust=trust)
+        run = Run(step.id, device, plan.recipe.seed, options.strict, space.cache, events.say, trust=trust,
+                  state=space.state_of(step.id))  # fmt: skip
         host.before_step(step.id, checkpoint)
         patch = _apply_step(step, checkpoint, run)
         host.after_step(step.id, checkpoint, patch)

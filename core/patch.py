@@ -69,6 +69,7 @@ class Outline:
         notes: sentences for the plan.
         exact: False where data decides a shape and the specs are upper bounds.
         workspace_bytes: host memory the step itself needs beside the writer's, at its peak.
+        scratch_bytes: disk the step itself needs beside the output, such as for its saved state.
     """
 
     specs: Mapping[str, TensorSpec] = field(default_factory=dict)
@@ -80,6 +81,7 @@ class Outline:
     notes: tuple[str, ...] = ()
     exact: bool = True
     workspace_bytes: int = 0
+    scratch_bytes: int = 0
 
     @classmethod
     def of(cls, patch: Patch) -> Outline:

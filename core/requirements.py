@@ -47,9 +47,12 @@ def check_resources(plan: Plan, target: Path, *, link: bool) -> None:
 
 
 def disk_bytes(plan: Plan, *, link: bool) -> int:
-    """Bytes of disk that the run needs at its peak: the whole output, less the shards that are linked."""
+    """Bytes of disk that the run needs at its peak: the whole output, less the shards that are linked, and what steps
+    keep beside it, all of them until the end.
+    """
     linked = sum(shard.nbytes for shard in plan.layout.shards if link and shard.source is not None)
-    return plan.output_bytes - linked + _RECORDS_BYTES + _RECORD_BYTES_PER_TENSOR * len(plan.result.tensors)
+    records = _RECORDS_BYTES + _RECORD_BYTES_PER_TENSOR * len(plan.result.tensors)
+    return plan.output_bytes - linked + records + sum(step.outline.scratch_bytes for step in plan.steps)
 
 
 def available_memory() -> int | None:

@@ -1,7 +1,8 @@
 """The work folder beside a target, and the one rename that makes the target appear.
 
 The target is absent (or what it was) or complete at every instant. Whatever a killed run leaves stands in the work
-folder `.NAME.regraft`, which the next run into the same target takes over.
+folder `.NAME.regraft`, which the next run into the same target takes over. Of all that, only `state` is of use to it:
+there steps keep what lets them go on, and it stays until a target stands.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,11 +24,13 @@ from regraft.core.errors import ResourceError, UsageError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+"""Step ids that can be names of folders."""
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """A locked work folder. `output` becomes the target on `commit`; `cache` is for steps.
+    """A locked work folder. `output` becomes the target on `commit`; `cache` and `state` are for steps.
 
     Args:
         target: where the output goes, resolved.
@@ -48,6 +53,21 @@ class Workspace:
         return self.folder / "cache"
 
     @property
+    def state(self) -> Path:
+        """Where steps keep what lets them go on after a run that did not reach its end; they make it."""
+        return self.folder / "state"
+
+    def state_of(self, step: str) -> Path:
+        """A step's own folder in `state`, whatever characters its id holds."""
+        name = step if _PLAIN.fullmatch(step) else f"_{hashlib.sha256(step.encode()).hexdigest()[:32]}"
+        return self.state / name
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether there is anything to go on from."""
+        return not self.state.is_symlink() and any(path.is_file() for path in self.state.rglob("*"))
+
+    @property
     def replaced(self) -> Path:
         """Where the old target waits between two renames, on file systems that cannot exchange."""
         return self.folder / "replaced"
@@ -65,6 +85,7 @@ class Workspace:
                 _exchange(self.output, self.target, self.replaced)
             else:
                 self.output.rename(self.target)
+            shutil.rmtree(self.state, ignore_errors=True)
             if durable:
                 _sync(self.target.parent)
         except OSError as error:
@@ -166,8 +187,14 @@ def _check_place(target: Path, resolved: Path, force: bool) -> None:
 
 
 @contextmanager
-def workspace(target: Path) -> Iterator[Workspace]:
+def workspace(target: Path, *, restart: bool = False) -> Iterator[Workspace]:
     """Lock and clear the work folder of `target`; remove it in the end, however the end comes.
+
+    The state that steps have saved there is kept, until a target stands.
+
+    Args:
+        target: where the output will go.
+        restart: forget the state, too.
 
     Raises:
         UsageError: the target is no path.
@@ -180,7 +207,7 @@ def workspace(target: Path) -> Iterator[Workspace]:
         descriptor = _open_locked(space.folder, target)
         try:
             with _making(target):
-                _clear(space)
+                _clear(space, keep_state=not restart)
                 space.output.mkdir()
                 space.cache.mkdir()
                 space = Workspace(resolved, space.folder, replaces=_holds_something(resolved))
@@ -243,10 +270,13 @@ def _put_back(space: Workspace) -> None:
         space.replaced.rename(space.target)
 
 
-def _clear(space: Workspace) -> None:
-    """Take over what a killed run left: a target that it was replacing goes back, the rest goes away."""
+def _clear(space: Workspace, *, keep_state: bool) -> None:
+    """Take over what a killed run left: a target that it was replacing goes back, the rest but the state goes away."""
     _put_back(space)
+    keep_state = keep_state and space.keeps_state
     for path in space.folder.iterdir():
+        if keep_state and path == space.state:
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -254,10 +284,13 @@ def _clear(space: Workspace) -> None:
 
 
 def _remove(space: Workspace) -> None:
-    """Remove the work folder; all of it stays where an old target cannot be put back."""
+    """Remove the work folder, or all but the state in it; all of it stays where an old target cannot be put back."""
     with suppress(OSError):
         _put_back(space)
-        shutil.rmtree(space.folder, ignore_errors=True)
+        if space.keeps_state:
+            _clear(space, keep_state=True)
+        else:
+            shutil.rmtree(space.folder, ignore_errors=True)
 
 
 def _exchange(output: Path, target: Path, replaced: Path) -> None:

@@ -20,7 +20,7 @@ from regraft.core.training.optimisers import make_optimizer
 from regraft.core.training.progress import JsonLog, Listener, Progress, Sink, TensorBoardLog
 from regraft.core.training.schedules import rate_share
 from regraft.core.training.settings import TrainSettings
-from regraft.core.training.state import State, StateFolder, load_optimizer, optimizer_state
+from regraft.core.training.state import ANEW, State, StateFolder, load_optimizer, optimizer_state
 from regraft.core.training.weights import Average, Trainable, Weights
 
 _PLACES = 8
@@ -43,8 +43,15 @@ class Piece(Protocol):
 class Steps(Protocol):
     """The data of each step, by its number; `core.data.batches.Batches` is one."""
 
-    rank: int
-    world: int
+    @property
+    def rank(self) -> int:
+        """This process."""
+        ...
+
+    @property
+    def world(self) -> int:
+        """How many processes there are."""
+        ...
 
     def __len__(self) -> int:
         """Number of steps."""
@@ -353,9 +360,7 @@ class _Session:
             if self.average is not None:
                 self.average.load(state.average)
         except (KeyError, RuntimeError, ValueError) as error:
-            raise InputError(
-                "the saved state is damaged", where=self.records.state, found=error, remedy="delete the folder"
-            ) from None
+            raise InputError("the saved state is damaged", where=self.records.state, found=error, remedy=ANEW) from None
 
     def _identity(self) -> dict[str, Any]:
         return {

@@ -21,6 +21,7 @@ FORMAT = 1
 _NAME = re.compile(r"step-(\d{8})")
 _TENSORS, _FACTS = "state.safetensors", "state.json"
 _SHOWN = 8
+ANEW = "begin anew with `apply --restart`, which deletes the folder"
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,10 @@ class StateFolder:
                 if _NAME.fullmatch(old.name) and old != final:
                     shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
-            raise ResourceError("the state of the training cannot be saved", where=self.folder, found=error) from None
+            shutil.rmtree(part, ignore_errors=True)
+            raise ResourceError(
+                "the state of the training cannot be saved", where=self.folder, found=error, remedy="free some space"
+            ) from None
 
     def _check(self, saved: Any) -> None:
         if not isinstance(saved, Mapping):
@@ -118,11 +122,11 @@ class StateFolder:
                 where=self.folder,
                 expected="the same settings, data and start weights",
                 found=shown,
-                remedy="restore them, or delete the folder to begin anew",
+                remedy=f"restore them, or {ANEW}",
             )
 
     def _damaged(self, where: Path) -> State:
-        raise InputError("the saved state is damaged", where=where, remedy="delete the folder to begin anew")
+        raise InputError("the saved state is damaged", where=where, remedy=ANEW)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:

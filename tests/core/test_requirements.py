@@ -1,9 +1,18 @@
 """What the machine still has: the system's word, and the control group's."""
 
+from dataclasses import replace
+
 import pytest
 
 from regraft.core import requirements
-from regraft.core.requirements import available_memory, worker_count
+from regraft.core.errors import ResourceError
+from regraft.core.execute import ApplyOptions, prepare
+from regraft.core.patch import Outline
+from regraft.core.recipe.load import load_recipe
+from regraft.core.requirements import available_memory, check_resources, disk_bytes, worker_count
+from tests.plugin_host import host_with
+from tests.running import write_recipe
+from tests.trainer import Trainer
 
 
 @pytest.fixture
@@ -42,3 +51,21 @@ def test_the_system_tells():
 def test_workers(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
     assert [worker_count(count) for count in (0, 1, 7)] == [4, 1, 7]
+
+
+def test_what_steps_keep_on_the_disk_counts(workplace):
+    class Greedy(Trainer):
+        def plan(self, checkpoint, params):
+            return Outline(specs=super().plan(checkpoint, params).specs, scratch_bytes=7)
+
+    def planned(kind):
+        host = host_with(kind)
+        path = write_recipe(workplace / "recipe.toml", "base", {"use": "trainer"}, {"use": "trainer", "id": "again"})
+        return prepare(load_recipe(path, (), host.transformations()), host, ApplyOptions())[0]
+
+    assert disk_bytes(planned(Greedy), link=False) - disk_bytes(planned(Trainer), link=False) == 14
+    huge = replace(planned(Trainer).steps[0].outline, scratch_bytes=1 << 62)
+    plan = planned(Trainer)
+    plan = replace(plan, steps=(replace(plan.steps[0], outline=huge),))
+    with pytest.raises(ResourceError, match="not enough disk"):
+        check_resources(plan, workplace / "out", link=False)

@@ -284,6 +284,81 @@ def test_a_target_that_a_killed_run_was_replacing_counts_as_full(target):
     check_target(target, force=True)
 
 
+# What steps keep
+
+
+def save_state(space, step="tune"):
+    fill(space.state_of(step), {"step-2/state.json": "{}"})
+
+
+def save_and(target, then, save=save_state):
+    with workspace(target) as space:
+        fill(space.output, NEW)
+        save(space)
+        then(space)
+
+
+def break_off(target, **options):
+    with pytest.raises(ZeroDivisionError):
+        save_and(target, lambda space: 1 / 0, **options)
+
+
+def test_state_outlives_a_run_that_fails_and_goes_with_the_one_that_succeeds(target):
+    break_off(target)
+    assert names(target.parent) == [".model.regraft"]
+    assert contents(target.parent / ".model.regraft") == {"state/tune/step-2/state.json": "{}"}
+    with workspace(target) as space:
+        assert contents(space.state_of("tune")) == {"step-2/state.json": "{}"}
+        assert names(space.output) == []
+        fill(space.output, NEW)
+        space.commit(durable=False)
+    assert contents(target) == NEW
+    assert names(target.parent) == ["model"]
+
+
+def test_state_outlives_a_commit_that_fails(target):
+    with pytest.raises(ResourceError, match="put in place"):
+        save_and(target, lambda space: (fill(target, OLD), space.commit(durable=False)))
+    assert contents(target.parent / ".model.regraft") == {"state/tune/step-2/state.json": "{}"}
+
+
+def test_a_killed_run_s_state_is_taken_over_or_forgotten(target):
+    fill(target.parent / ".model.regraft", {"state/tune/x": "x", "output/half.bin": "x"})
+    with workspace(target) as space:
+        assert space.keeps_state
+    with workspace(target, restart=True) as space:
+        assert not space.keeps_state
+        assert names(space.folder) == ["cache", "output"]
+    assert names(target.parent) == []
+
+
+def test_empty_folders_are_no_state(target):
+    break_off(target, save=lambda space: space.state_of("tune").mkdir(parents=True))
+    assert not target.parent.exists()
+
+
+def test_a_link_in_place_of_the_state_is_not_followed(tmp_path, target):
+    precious = fill(tmp_path / "precious", OLD)
+    folder = target.parent / ".model.regraft"
+    folder.mkdir(parents=True)
+    (folder / "state").symlink_to(precious)
+    with workspace(target) as space:
+        assert not space.keeps_state
+        assert names(space.folder) == ["cache", "output"]
+    assert contents(precious) == OLD
+
+
+def test_every_step_has_a_folder_of_its_own_whatever_its_id(target):
+    ids = ["tune", "tune-2", "..", "a/b", "a\0b", "", ".hidden", "_x", "x" * 300, "x" * 301, "tune ", "é"]
+    with workspace(target) as space:
+        folders = [space.state_of(step) for step in ids]
+        for folder in folders:
+            assert folder.parent == space.state
+            folder.mkdir(parents=True)
+        assert folders[0].name == "tune"
+        assert len(names(space.state)) == len(ids)
+
+
 HOLD = """
     import sys
     from pathlib import Path
