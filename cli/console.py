@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -77,10 +78,14 @@ def table(rows: Sequence[tuple[str, ...]]) -> str:
 
 
 class Progress:
-    """Bytes done of bytes to do: a bar with ETA on a terminal, JSON lines with `--json`, else nothing."""
+    """Bytes done of bytes to do: a bar with ETA on a terminal, JSON lines with `--json`, else nothing.
+
+    The writer's workers report to it at the same time.
+    """
 
     def __init__(self, show: Callable[[int, int], None]) -> None:
         self._show = show
+        self._lock = threading.Lock()
         self.total = 0
         self.done = 0
 
@@ -91,8 +96,9 @@ class Progress:
 
     def advance(self, nbytes: int) -> None:
         """So many more are."""
-        self.done += nbytes
-        self._show(self.done, self.total)
+        with self._lock:
+            self.done += nbytes
+            self._show(self.done, self.total)
 
 
 @contextmanager
