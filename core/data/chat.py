@@ -19,7 +19,7 @@ def render(tokenizer: Any, chat: Chat) -> tuple[str, list[tuple[int, int]]]:
         InputError: no answer, the template refuses the messages, or it writes a turn otherwise when others follow.
         Unsupported: the tokenizer has no chat template.
     """
-    whole = _text(tokenizer, chat.messages)
+    whole = chat_text(tokenizer, chat.messages)
     spans = [
         _span(tokenizer, chat.messages, index, whole)
         for index, message in enumerate(chat.messages)
@@ -31,10 +31,10 @@ def render(tokenizer: Any, chat: Chat) -> tuple[str, list[tuple[int, int]]]:
 
 
 def _span(tokenizer: Any, messages: Sequence[Message], index: int, whole: str) -> tuple[int, int]:
-    prompt = _text(tokenizer, messages[:index], prompt=True)
-    answered = _text(tokenizer, messages[: index + 1])
+    prompt = chat_text(tokenizer, messages[:index], prompt=True)
+    answered = chat_text(tokenizer, messages[: index + 1])
     if not answered.startswith(prompt):
-        prompt = _text(tokenizer, messages[:index])
+        prompt = chat_text(tokenizer, messages[:index])
     if not (answered.startswith(prompt) and whole.startswith(answered)):
         raise InputError(
             "the chat template writes this turn otherwise when others follow, so it cannot be learnt in place",
@@ -43,7 +43,13 @@ def _span(tokenizer: Any, messages: Sequence[Message], index: int, whole: str) -
     return len(prompt), len(answered)
 
 
-def _text(tokenizer: Any, messages: Sequence[Message], *, prompt: bool = False) -> str:
+def chat_text(tokenizer: Any, messages: Sequence[Message], *, prompt: bool = False) -> str:
+    """Messages as the model's own template writes them; `prompt` asks for the beginning of an answer behind them.
+
+    Raises:
+        InputError: the template refuses the messages.
+        Unsupported: the tokenizer has no chat template.
+    """
     import jinja2
 
     if not getattr(tokenizer, "chat_template", None):

@@ -25,7 +25,7 @@ _STRINGS = {
     "model": "a model (a folder, a .safetensors or .gguf file, or a hub id)",
     "date": "a date", "date-time": "a date and time", "time": "a time of day", "duration": "a duration",
     "uri": "a URL", "name": "a name of letters, digits, - _ and ., with a letter or digit first",
-    "byte-size": 'a size such as "5GB", "500MB" or "2GiB"',
+    "layer-range": 'a range such as "8-12" or "8-"', "byte-size": 'a size such as "5GB", "500MB" or "2GiB"',
 }  # fmt: skip
 _PLURALS = {
     "integer": "integers", "number": "numbers", "boolean": "booleans", "string": "strings", "object": "tables",

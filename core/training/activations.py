@@ -110,18 +110,13 @@ class Probe:
             _check_finite(site, taken)
         return Activations(values, torch.cat(entropies) if entropy else None)
 
-    def check_residual(self, layers: Sequence[int], ids: Sequence[int]) -> None:
-        """Refuse layers in which a constant in the MLP output is not the same constant in the residual stream.
+    def mlp_adds_to_residual(self, layer: int, ids: Sequence[int]) -> bool:
+        """Whether a constant in the MLP output of `layer` is the same constant in the residual stream behind it.
 
         Tried on the tokens `ids`, not assumed from the class: norms behind the MLP and multipliers show.
-
-        Raises:
-            Unsupported: it is another.
         """
-        for layer in layers:
-            change = self._residual(layer, ids, _PROBE) - self._residual(layer, ids, 0.0)
-            if bool((change - _PROBE).abs().median() > _TOLERANCE * _PROBE):
-                raise residual_refusal(self.architecture, layer)
+        change = self._residual(layer, ids, _PROBE) - self._residual(layer, ids, 0.0)
+        return bool((change - _PROBE).abs().median() <= _TOLERANCE * _PROBE)
 
     def _residual(self, layer: int, ids: Sequence[int], shift: float) -> torch.Tensor:
         """The residual stream [1, T, hidden_size] behind `layer`, with `shift` added to its MLP output."""
@@ -187,16 +182,6 @@ class Probe:
                 found=path or "no module",
                 remedy="use a model of a supported family, without code of its own",
             ) from None
-
-
-def residual_refusal(architecture: Architecture, layer: int) -> Unsupported:
-    """What to say where nothing can be added to the residual stream by way of the MLP output."""
-    return Unsupported(
-        "a norm or a multiplier stands between the MLP output and the residual stream, so a constant in one is another "
-        "in the other",
-        where=f"{architecture.model_type}, layer {layer}",
-        remedy='measure and add at one place: site = "mlp_out" or "attn_out"',
-    )
 
 
 def next_token_entropy(logits: torch.Tensor, answers: Sequence[int] | None = None) -> torch.Tensor:

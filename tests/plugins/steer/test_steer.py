@@ -15,6 +15,7 @@ from regraft.core.errors import InputError, RegraftError, Unsupported, UsageErro
 from regraft.core.patch import Patch
 from regraft.core.residual_bias import HeadOffset, Offset, ResidualBias
 from regraft.core.tensors import MemoryTensor
+from regraft.core.transformation import Run
 from regraft.plugins.steer import Steer
 from regraft.plugins.steer.params import SteerParams
 from regraft.plugins.steer.vectors import read_vectors, suggest
@@ -41,7 +42,7 @@ def steer(base: Path, vectors: Path, **values: Any) -> Patch:
     checkpoint, _ = open_base(base)
     step, given = Steer(), SteerParams.model_validate({"vectors": vectors, **values}, strict=True)
     step.check(checkpoint, given)
-    patch = step.patch(checkpoint, given)
+    patch = step.apply(checkpoint, given, Run("steer"))
     assert step.plan(checkpoint, given).deviations(patch) == []
     return patch
 
