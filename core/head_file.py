@@ -61,24 +61,28 @@ class HeadFile:
         return dump(facts)
 
 
-def read_head_file(path: Path) -> HeadFile:
-    """The heads in the file `path`.
+def read_head_file(path: Path, *, site: str | None = None) -> HeadFile:
+    """The contents of the file `path`.
 
     Raises:
-        InputError: it cannot be read, is no such file, or names a head twice or none at all.
+        InputError: it cannot be read, is no such file, names a head twice or none at all; or its heads are of another
+            kind than `site`.
     """
     if not path.is_file():
         raise InputError("there is no such file of heads", where=path, expected="a heads.json",
                          remedy="check the path, which starts at the recipe's folder")  # fmt: skip
     facts = read_object(path)
-    site = facts.get("site", "head")
-    if site not in ("head", "kv-group"):
+    own = facts.get("site", "head")
+    if own not in ("head", "kv-group"):
         raise InputError("heads of no known kind", where=f"{path}: site", expected="head or kv-group",
-                         found=brief(site), remedy=_REMEDY)  # fmt: skip
+                         found=brief(own), remedy=_REMEDY)  # fmt: skip
+    if site is not None and own != site:
+        raise InputError("the heads are of another kind", where=f"{path}: site", expected=site, found=own,
+                         remedy="choose them anew with the site that is wanted")  # fmt: skip
     scoring = facts.get("scoring", "")
     return HeadFile(
         _heads(path, facts.get("heads")),
-        site,
+        own,
         scoring if isinstance(scoring, str) else "",
         _count(path, facts, "num_layers"),
         _count(path, facts, "num_heads"),
@@ -87,16 +91,8 @@ def read_head_file(path: Path) -> HeadFile:
 
 
 def read_heads(path: Path, *, site: str = "head") -> list[Head]:
-    """Layer and head of the chosen heads, the best first.
-
-    Raises:
-        InputError: as `read_head_file`, or the heads are of another kind than `site`.
-    """
-    file = read_head_file(path)
-    if file.site != site:
-        raise InputError("the heads are of another kind", where=f"{path}: site", expected=site, found=file.site,
-                         remedy="choose them anew with the site that is wanted")  # fmt: skip
-    return list(file.heads)
+    """Layer and head of the chosen heads, the best first. Raises as `read_head_file`."""
+    return list(read_head_file(path, site=site).heads)
 
 
 def check_heads(heads: Collection[Head], num_layers: int, num_heads: int, *, where: object) -> None:

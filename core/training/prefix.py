@@ -12,7 +12,7 @@ layers below are still called, but hand on what they are given.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from regraft.core.data.batches import Batch, Batches
 from regraft.core.data.examples import Example, PreferenceExample
 from regraft.core.errors import ResourceError, Unsupported
 from regraft.core.training.head import Head
+from regraft.core.training.last_mlp import learnt_tokens_only
 from regraft.core.training.modes import computing, reproducible, without_dropout
 
 _TOLERANCE, _LOW_TOLERANCE = 1e-4, 3e-2
@@ -44,8 +45,15 @@ class PrefixHead(Head):
         assert self.cache is not None
         if batch.position_ids is not None:
             _ = self.reads_apart  # runs the model, which it must do whole
-        with self.cache.serving(batch):
+        with self.cache.serving(batch), self._learnt_only(batch):
             return super().label_losses(batch, reduction=reduction)
+
+    def _learnt_only(self, batch: Batch) -> AbstractContextManager[None]:
+        """Not with gradient checkpointing, which runs the layer again in the backward pass."""
+        module = self.cache.last_mlp if self.cache is not None else None
+        if module is None or self.model.is_activation_checkpointing:
+            return nullcontext()
+        return learnt_tokens_only(module, batch.labels)
 
 
 class PrefixCache:
@@ -58,6 +66,7 @@ class PrefixCache:
         batches: its sequences, or pairs, are cached.
         precision: in which the training computes.
         max_bytes: of the states, which are on the CPU (pinned for CUDA): tokens · d · bytes of a number.
+        last_mlp: module of the last layer's MLP, to be computed for learnt tokens alone; None computes it for all.
 
     Raises:
         Unsupported: a layer gives more than states, or the model computes something else without its lower layers.
@@ -73,10 +82,11 @@ class PrefixCache:
         *,
         precision: str = "float32",
         max_bytes: int | None = None,
+        last_mlp: Any | None = None,
     ) -> None:
         assert 0 < first < len(layers)
         self.model, self.below, self.first_layer = head.model, list(layers[:first]), layers[first]
-        self.batches, self.precision, self.max_bytes = batches, precision, max_bytes
+        self.batches, self.precision, self.max_bytes, self.last_mlp = batches, precision, max_bytes, last_mlp
         self.device = next(head.model.parameters()).device
         self.head = PrefixHead(head.model, head.module, head.softcap, head.fused, self)
         self.whole = head

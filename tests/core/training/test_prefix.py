@@ -8,6 +8,7 @@ import torch
 from regraft.core.architectures import architecture_of
 from regraft.core.errors import ResourceError, Unsupported
 from regraft.core.training.head import Head
+from regraft.core.training.last_mlp import last_mlp
 from regraft.core.training.model import switch_gradient_checkpointing
 from regraft.core.training.modules import layer_modules, role_module
 from regraft.core.training.objectives import CrossEntropy, ReferencePass, answer_log_probs
@@ -56,8 +57,8 @@ def gradients(model, loss):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def compare(it, first, equal):
-    cache = PrefixCache(it.head, it.layers, first, it.data)
+def compare(it, first, equal, **options):
+    cache = PrefixCache(it.head, it.layers, first, it.data, **options)
     for name in above(it.model, it.layers, first):
         it.model.get_parameter(name).requires_grad_(True)
     for step in range(len(it.data)):
@@ -94,6 +95,19 @@ def test_every_family(family):
 def test_every_first_layer_with_lengths_that_differ(family, first):
     examples = [sequence(length, length, 2) for length in (19, 7, 12, 23)]
     compare(setting(family, examples, **DEEP[family]), first, nearly)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *VARIANTS])
+def test_the_last_mlp_of_learnt_tokens_alone(family):
+    """The same but for rounding, where few tokens are learnt; with experts in the last layer it is left alone."""
+    it = setting(family, [sequence(length, length, length - 4) for length in (19, 7, 12, 23)])
+    module = last_mlp(it.model, it.architecture)
+    assert (module is None) == (family in ("mixtral", "qwen3_moe-all-sparse"))
+    tokens = []
+    if module is not None:
+        module.register_forward_hook(lambda module, args, output: tokens.append(output.shape[:-1].numel()))
+    compare(it, 1, nearly, last_mlp=module)
+    assert module is None or {6, 7, 8} & set(tokens), "it ran for the learnt tokens alone"
 
 
 def test_pairs_and_their_reference():
@@ -138,6 +152,7 @@ def test_gradient_checkpointing():
     expected = gradients(it.model, it.head.label_losses(batch))
     switch_gradient_checkpointing(it.model)
     it.model.train()
+    cache.last_mlp = last_mlp(it.model, it.architecture)  # which would run again in the backward pass
     found = gradients(it.model, cache.head.label_losses(batch))
     assert set(found) == set(expected)
     for name, gradient in found.items():
