@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -11,10 +10,11 @@ from typing import Any, Literal
 import torch
 
 from regraft.core.architectures import Architecture
-from regraft.core.errors import InputError, Unsupported
+from regraft.core.errors import InputError
 from regraft.core.training.head import Head
 from regraft.core.training.model import memory
 from regraft.core.training.modes import reproducible, without_dropout
+from regraft.core.training.modules import layer_modules, role_module
 
 Kind = Literal["residual", "attn_out", "mlp_out", "head"]
 Position = Literal["last", "mean"]
@@ -167,21 +167,10 @@ class Probe:
         return end
 
     def _module(self, site: Site) -> Any:
+        if site.kind == "residual":
+            return layer_modules(self.model, self.architecture)[site.layer]
         role = "down_proj" if site.kind == "mlp_out" else "o_proj"
-        path = self.architecture.slot(role, site.layer).module
-        if path is not None and site.kind == "residual":
-            layer = re.match(rf"(?:.*?\.)?{site.layer}(?=\.)", path)
-            path = layer[0] if layer else None
-        try:
-            return self.model.get_submodule(path or "?")
-        except AttributeError:
-            raise Unsupported(
-                "it is not known where this model computes this",
-                where=f"{self.architecture.model_type}: {site.kind} of layer {site.layer}",
-                expected="the modules of the stock class",
-                found=path or "no module",
-                remedy="use a model of a supported family, without code of its own",
-            ) from None
+        return role_module(self.model, self.architecture, role, site.layer)
 
 
 def next_token_entropy(logits: torch.Tensor, answers: Sequence[int] | None = None) -> torch.Tensor:

@@ -28,11 +28,10 @@ class SpamSettings(Params):
     grace_steps: Annotated[int, Field(ge=0)] = 20
 
 
-class TrainSettings(Params):
-    """How weights learn.
+class TrainOptions(Params):
+    """How weights learn, beside the rate: what a step's own keys need not repeat.
 
     Args:
-        lr: the peak of the learning rate.
         optimizer: `adamw`; `adamw-8bit`, whose moments take two bytes a weight; `spam`.
         betas, eps: of Adam; without `eps` 1e-8, for SPAM 1e-6.
         weight_decay: of matrices; norms and biases never decay.
@@ -41,18 +40,14 @@ class TrainSettings(Params):
         final_lr: share of the peak at the end of the schedule.
         clip_norm: longest gradient, over all weights together; None leaves gradients as they are.
         precision: `bfloat16` computes by autocast, with fp32 weights; `auto` does so where the device is fast at it.
-        master_weights: weights that are stored in less than fp32 learn in an fp32 copy.
-        ema: the result is the exponential moving average with this decay; None takes the last weights.
         stop_loss: end when the mean loss of the last `stop_window` steps is below.
         stop_window: None takes the steps of an epoch.
         dropout: keep the model's own dropout; by default it is off.
         gradient_checkpointing: compute activations again in the backward pass: less memory, a third more time.
-        seed: of dropout.
         spam: for `spam`.
         log_every, save_every: steps between two lines of the log, and between two saved states.
     """
 
-    lr: Annotated[float, Field(ge=0)] = 1e-5
     optimizer: Literal["adamw", "adamw-8bit", "spam"] = "adamw"
     betas: tuple[Share, Share] = (0.9, 0.999)
     eps: Positive | None = None
@@ -62,16 +57,29 @@ class TrainSettings(Params):
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0
     clip_norm: Positive | None = 1.0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    master_weights: bool = True
-    ema: Share | None = None
     stop_loss: float | None = None
     stop_window: Annotated[int, Field(ge=1)] | None = None
     dropout: bool = False
     gradient_checkpointing: bool = False
-    seed: int = 0
     spam: SpamSettings = Field(default_factory=SpamSettings)
     log_every: Annotated[int, Field(ge=1)] = 1
     save_every: Annotated[int, Field(ge=1)] = 100
+
+
+class TrainSettings(TrainOptions):
+    """How weights learn.
+
+    Args:
+        lr: the peak of the learning rate.
+        master_weights: weights that are stored in less than fp32 learn in an fp32 copy.
+        ema: the result is the exponential moving average with this decay; None takes the last weights.
+        seed: of dropout.
+    """
+
+    lr: Annotated[float, Field(ge=0)] = 1e-5
+    master_weights: bool = True
+    ema: Share | None = None
+    seed: int = 0
 
     def identity(self) -> dict[str, Any]:
         """What decides the weights; how often something is written does not. JSON values."""

@@ -106,5 +106,5 @@ def test_what_cannot_be_measured(tiny_folder):
     with pytest.raises(InputError, match="not finite") as caught:
         Probe(model, architecture).take([Site(0, "mlp_out")], PROMPTS)
     assert caught.value.found == "NaN or Inf in 4 of 4 prompts"
-    with pytest.raises(Unsupported, match="not known where"):
+    with pytest.raises(Unsupported, match="no such module"):
         Probe(torch.nn.Linear(2, 2), architecture)._module(Site(0, "residual"))
