@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from regraft.core.data.lengths import pack
 from regraft.core.measures import predictions as module
 from regraft.core.measures.predictions import Predictions, predictions
 from regraft.core.training.head import Head
@@ -64,6 +65,16 @@ def test_bounds():
     assert blank.entropy == pytest.approx(math.log(128), rel=1e-6)
     assert blank.loss == pytest.approx(math.log(128), rel=1e-6)
     assert blank.top_probability == pytest.approx(1 / 128)
+
+
+def test_packed_texts_are_read_apart():
+    head = Head.of(tiny("llama"))
+    texts = [sequence(5, 1), sequence(4, 2), sequence(7, 3)]
+    apart, (packed,) = predictions(head, texts), pack(texts, 16, restart=True)[0]
+    together, (stream,) = predictions(head, [packed]), pack(texts, 16, restart=False)[0]
+    assert together.tokens == apart.tokens == 4 + 3 + 6
+    assert together.as_json() == pytest.approx(apart.as_json(), rel=1e-5)
+    assert predictions(head, [stream]).loss != pytest.approx(apart.loss, rel=1e-3)
 
 
 def test_what_is_beyond_a_float():
