@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from regraft.cli import apply, check, diff, inspect, plan, plugins, recipes, schema, verify
+from regraft.cli import apply, check, diff, generate, inspect, plan, plugins, recipes, schema, verify
 from regraft.cli.console import fail, interrupted
 from regraft.cli.interrupts import Interrupted, ignore, listen
 from regraft.core.errors import UsageError
@@ -83,7 +83,7 @@ def main(
         raise typer.Exit(UsageError.exit_code)
 
 
-for _module in (apply, plan, check, inspect, diff, verify, plugins, schema):
+for _module in (apply, plan, check, inspect, diff, verify, generate, plugins, schema):
     app.command()(getattr(_module, _module.__name__.rpartition(".")[2]))
 app.add_typer(recipes.app, name="recipes")
 

@@ -25,6 +25,12 @@ DEPTHS = ("structure", "load", "forward")
 """How deeply a checkpoint can be verified."""
 
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[
+    str,
+    typer.Option(help="auto, float32, bfloat16 or float16; auto is bfloat16 where stored so and fast, else float32."),
+]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let the checkpoint's own code run.")]
 
 
 def validated(name: str, overrides: list[str] | None) -> Recipe:
