@@ -42,9 +42,10 @@ def apply(
 ) -> None:
     """Run a recipe and write a new checkpoint."""
     from regraft.core.errors import UsageError
-    from regraft.core.execute import ApplyOptions, Events
+    from regraft.core.execute import ApplyOptions, Events, attend
     from regraft.core.execute import apply as run
     from regraft.core.host import host
+    from regraft.core.processes import processes
     from regraft.core.recipe.wording import either
 
     if verify not in (None, *DEPTHS):
@@ -54,6 +55,9 @@ def apply(
     parsed = validated(recipe, overrides)
     target = target_of(parsed, output)
     options = ApplyOptions(device, threads, force, link, durable, strict, verify, save_patches, restart)
+    if not processes().first:
+        attend(parsed, target, host(), options)
+        return
     with progress(as_json=as_json) as bar:
         say = partial(_say, as_json=as_json)
         events = Events(say=say, start=bar.start, advance=bar.advance)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from regraft.cli import apply, check, diff, generate, inspect, plan, plugins, recipes, schema, verify
-from regraft.cli.console import fail, interrupted
+from regraft.cli.console import INTERRUPTED, fail, interrupted
 from regraft.cli.interrupts import Interrupted, ignore, listen
-from regraft.core.errors import UsageError
+from regraft.core.errors import RegraftError, UsageError
+from regraft.core.processes import Ended, processes
 
 _CommandLineError: type[Exception] = next(
     kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
@@ -96,13 +98,12 @@ def run(arguments: list[str] | None = None) -> None:
     try:
         code = _settle(given)
     except Interrupted:
-        code = interrupted(as_json="--json" in given)
+        code = _failed(given, None)
     sys.exit(code or 0)
 
 
 def _settle(given: list[str]) -> Any:
     """The exit code; once it is known, a signal changes nothing any more."""
-    as_json = "--json" in given
     try:
         code = app(
             args=[argument for argument in given if argument != "--traceback"],
@@ -111,15 +112,29 @@ def _settle(given: list[str]) -> Any:
         )
         sys.stdout.flush()
     except _CommandLineError as error:
-        code = fail(_usage(error), as_json=as_json)
+        code = _failed(given, _usage(error))
+    except Ended as ending:
+        code = ending.code
     except (SystemExit, BrokenPipeError) as ending:
         code = _ended(ending)
     except Exception as error:
         if "--traceback" in given:
             raise
-        code = fail(error, as_json=as_json)
+        code = _failed(given, error)
     ignore()
     return code
+
+
+def _failed(given: list[str], error: Exception | None) -> int:
+    """Say what went wrong, unless another process of the same run has done so; gives the exit code. None: a signal."""
+    as_json = "--json" in given
+    code = error.exit_code if isinstance(error, RegraftError) else INTERRUPTED if error is None else 1
+    if "apply" in given:
+        with suppress(UsageError):  # of an environment that says nothing of other processes
+            first, code = processes().ending(code)
+            if not first:
+                return code
+    return interrupted(as_json=as_json) if error is None else fail(error, as_json=as_json)
 
 
 def _usage(error: Any) -> UsageError:

@@ -20,11 +20,15 @@ def check_device(wish: str) -> None:
         raise UsageError("unknown device", where="--device", expected=expected, found=wish, remedy="name one of these")
 
 
-def resolve_device(wish: str) -> str:
+def resolve_device(wish: str, own: int | None = None) -> str:
     """The torch device string for `auto`, `cpu`, `cuda` or `cuda:N`.
 
+    Args:
+        wish: as the command line says.
+        own: of several processes on this machine, the number of this one, and of its CUDA device.
+
     Raises:
-        UsageError: no such form.
+        UsageError: no such form; or one device for several processes.
         ResourceError: there is no such device.
     """
     check_device(wish)
@@ -33,9 +37,15 @@ def resolve_device(wish: str) -> str:
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wish == "auto":
-        return "cuda:0" if count else "cpu"
+    if wish == "auto" and not count:
+        return "cpu"
     number = wish.partition(":")[2]
+    if own is not None:
+        if number:
+            expected, remedy = "auto, cpu or cuda", "leave the number out: every process takes the device of its own"
+            raise UsageError("several processes need a device each", where="--device", expected=expected, found=wish,
+                             remedy=remedy)  # fmt: skip
+        wish, number = f"cuda:{own}", str(own)
     if int(number or 0) >= count:
         raise ResourceError(
             "there is no such device",

@@ -19,13 +19,14 @@ from regraft.core.layout import Layout, lay_out
 from regraft.core.output_file import resources
 from regraft.core.patch import Patch, overlay
 from regraft.core.plan import Plan, PlannedStep, blaming, make_plan, open_base, output_patches, paths_of
+from regraft.core.processes import DONE, READY, Processes, processes
 from regraft.core.requirements import check_resources, worker_count
 from regraft.core.saved_patches import check_patch_folders, save_patches
 from regraft.core.sources.folder import CARD, INDEX, LOCK, REPORTS, open_folder
 from regraft.core.sources.open import dequantised
 from regraft.core.transformation import Run
 from regraft.core.verify import Finding, check_structure, raise_findings, same_vocabulary
-from regraft.core.workspace import Workspace, check_target, workspace
+from regraft.core.workspace import Workspace, check_target, work_folder, workspace
 from regraft.core.writer import WriteOptions, Writer, WriteReport
 
 if TYPE_CHECKING:
@@ -104,11 +105,13 @@ def prepare(recipe: Recipe, host: Host, options: ApplyOptions) -> tuple[Plan, li
 
 
 def apply(recipe: Recipe, target: Path, host: Host, options: ApplyOptions, events: Events | None = None) -> ApplyReport:
-    """Run `recipe` and write its output to `target`.
+    """Run `recipe` and write its output to `target`; under torchrun, as the first process.
 
     Raises:
         RegraftError: whatever went wrong; the target is untouched.
+        Ended: another process has failed.
     """
+    ours = processes()
     events = events or Events()
     started = time.monotonic()
     check_device(options.device)
@@ -117,8 +120,9 @@ def apply(recipe: Recipe, target: Path, host: Host, options: ApplyOptions, event
     if options.save_patches is not None:
         check_patch_folders(plan, options.save_patches, [target, *inputs_of(plan)])
     check_resources(plan, target, link=options.link)
-    device = resolve_device(options.device) if plan.computes else "cpu"
+    device = _device(plan, options, ours)
     with workspace(target, restart=options.restart) as space, _saying_what_stays(space, events):
+        ours.announce(READY)
         ran = run_steps(plan, host, space, device, options, events)
         layout, written = _write(plan, ran.result, space, device, options, events)
         with resources(space.output):
@@ -128,8 +132,31 @@ def apply(recipe: Recipe, target: Path, host: Host, options: ApplyOptions, event
         if options.save_patches is not None:
             save_patches(plan, ran.patches, ran.checkpoints, options.save_patches)
         space.commit(durable=options.durable)
+    ours.announce(DONE)
+    ours.part()
     seconds = time.monotonic() - started
     return ApplyReport(target, plan, ran.patches, written, size, seconds, verified, tuple(findings), ran.notes)
+
+
+def attend(recipe: Recipe, target: Path, host: Host, options: ApplyOptions) -> None:
+    """What every process but the first does under torchrun: the same steps, so that all compute together; no writing.
+
+    Raises:
+        RegraftError: whatever went wrong.
+        Ended: another process has failed.
+    """
+    ours = processes()
+    check_device(options.device)
+    plan, _ = prepare(recipe, host, options)
+    device = _device(plan, options, ours)
+    ours.wait(READY)
+    run_steps(plan, host, work_folder(target), device, options, Events())
+    ours.wait(DONE)
+    ours.part()
+
+
+def _device(plan: Plan, options: ApplyOptions, ours: Processes) -> str:
+    return resolve_device(options.device, ours.local_rank if ours.world > 1 else None) if plan.computes else "cpu"
 
 
 @contextmanager
@@ -177,12 +204,13 @@ def run_steps(plan: Plan, host: Host, space: Workspace, device: str, options: Ap
         TransformationError: a step failed, or its patch is not what it promised.
         PluginError: a plugin raised something else than a RegraftError.
     """
+    ours = processes()
     checkpoints, patches = [plan.base], list[Patch]()
     for step in plan.steps:
         checkpoint = checkpoints[-1]
         trust = plan.recipe.base.trust_remote_code or _all_code_is_ours(plan.steps, patches, checkpoint)
         run = Run(step.id, device, plan.recipe.seed, options.strict, space.cache, events.say, trust=trust,
-                  state=space.state_of(step.id))  # fmt: skip
+                  state=space.state_of(step.id), rank=ours.rank, world=ours.world)  # fmt: skip
         host.before_step(step.id, checkpoint)
         patch = _apply_step(step, checkpoint, run)
         host.after_step(step.id, checkpoint, patch)

@@ -157,7 +157,7 @@ def _check_place(target: Path, resolved: Path, force: bool) -> None:
         )
     if resolved.exists() and not resolved.is_dir():
         raise UsageError("the target is a file", where=target, expected=expected, remedy="choose another [output] path")
-    space = _space(resolved)
+    space = work_folder(resolved)
     if not force and (_holds_something(resolved) or (not resolved.exists() and _holds_something(space.replaced))):
         raise UsageError(
             "the target is not empty",
@@ -200,8 +200,8 @@ def workspace(target: Path, *, restart: bool = False) -> Iterator[Workspace]:
         UsageError: the target is no path.
         ResourceError: another run writes this target, or the folder cannot be made.
     """
-    resolved = _resolved(target)
-    space = _space(resolved)
+    space = work_folder(target)
+    resolved = space.target
     new_parents = [folder for folder in resolved.parents if not folder.exists()]
     try:
         descriptor = _open_locked(space.folder, target)
@@ -220,7 +220,13 @@ def workspace(target: Path, *, restart: bool = False) -> Iterator[Workspace]:
             _remove_empty(new_parents)
 
 
-def _space(resolved: Path) -> Workspace:
+def work_folder(target: Path) -> Workspace:
+    """That of `target`, whoever has locked it.
+
+    Raises:
+        UsageError: the target is no path.
+    """
+    resolved = _resolved(target)
     return Workspace(resolved, resolved.parent / f".{resolved.name}.regraft")
 
 

@@ -92,7 +92,7 @@ class ReferencePass:
         head: of the reference: the model before it learns.
         batches: whose examples are passed, `micro_batch` pairs at a time.
         precision: as the training will compute, so that the loss begins at ln 2.
-        cache: a file that keeps the result; a file for other pairs or another `identity` is replaced.
+        cache: a file that keeps the result; a file for other pairs or another `identity` is replaced, by rank 0.
         identity: what the reference is made from, such as the checkpoint's digest.
     """
 
@@ -115,7 +115,7 @@ class ReferencePass:
             if metadata.get("made_from") == json.dumps(made_from, sort_keys=True):
                 return tensors["log_probs"]
         values = self._computed()
-        if self.cache is not None:
+        if self.cache is not None and self.batches.rank == 0:
             write_tensors(self.cache, {"log_probs": values}, {"made_from": json.dumps(made_from, sort_keys=True)})
         return values
 

@@ -114,7 +114,7 @@ class StateFolder:
     def _check(self, saved: Any) -> None:
         if not isinstance(saved, Mapping):
             self._damaged(self.folder)
-        differing = _differences(saved, self.identity)
+        differing = differences(saved, self.identity)
         if differing:
             shown = "; ".join(differing[:_SHOWN]) + ("; ..." if len(differing) > _SHOWN else "")
             raise UsageError(
@@ -181,13 +181,14 @@ def _state(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Sta
     )
 
 
-def _differences(saved: Any, now: Any, path: str = "") -> list[str]:
+def differences(saved: Any, now: Any, path: str = "") -> list[str]:
+    """Where two identities differ, a sentence each."""
     if isinstance(saved, Mapping) and isinstance(now, Mapping):
         keys = [*saved, *(key for key in now if key not in saved)]
         return [
             line
             for key in keys
-            for line in _differences(saved.get(key), now.get(key), f"{path}.{key}" if path else str(key))
+            for line in differences(saved.get(key), now.get(key), f"{path}.{key}" if path else str(key))
         ]
     return [] if same(saved, now) else [f"{path} was {json.dumps(saved)} and is {json.dumps(now)}"]
 

@@ -1,4 +1,4 @@
-"""What learns: whole parameters or slices of them, in fp32, with their average."""
+"""What learns: whole parameters or slices of them, in fp32, with their average; of one process or of several."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from regraft.core.errors import Unsupported, UsageError
+from regraft.core.training.distributed import Group
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,15 @@ class Trainable:
     parameter: torch.nn.Parameter
     indices: tuple[int, ...] | None = None
     axis: int = 0
+
+    @property
+    def index(self) -> torch.Tensor:
+        """`indices`, where the parameter is."""
+        return torch.tensor(self.indices, device=self.parameter.device)
+
+    def part(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What learns of a tensor of the parameter's shape."""
+        return tensor if self.indices is None else tensor.index_select(self.axis, self.index)
 
     def identity(self) -> list[Any]:
         """Shape, dtype and slice; JSON values."""
@@ -49,17 +59,29 @@ class Weights:
     """The tensors that an optimiser sees, one for each trainable, in the order given.
 
     A whole fp32 parameter is its own. Anything else gets an fp32 copy, whose gradient is summed in fp32 over the pieces
-    of a step and which is written back, rounded once, after it.
+    of a step and which is written back, rounded once, after it. Of a parameter that is shared out among several
+    processes this one's rows are the tensor: plain, so that every optimiser takes it.
+
+    Args:
+        trainable: what learns.
+        masters: whether what is stored in less than fp32 gets a copy.
+        shards: DTensors of those that are shared out, by name.
 
     Raises:
         Unsupported: a parameter that is not of floating point.
     """
 
-    def __init__(self, trainable: Mapping[str, Trainable], *, masters: bool = True) -> None:
+    def __init__(
+        self, trainable: Mapping[str, Trainable], *, masters: bool = True, shards: Mapping[str, Any] | None = None
+    ) -> None:
         self.trainable = dict(trainable)
+        self.shards = dict(shards or {})
         self.leaves: dict[str, torch.Tensor] = {}
         self.copied: list[str] = []
         for name, one in self.trainable.items():
+            if name in self.shards:
+                self.leaves[name] = self.shards[name].detach().to_local()
+                continue
             parameter = one.parameter
             if not parameter.is_floating_point():
                 raise Unsupported(
@@ -71,16 +93,41 @@ class Weights:
                 self.leaves[name] = parameter
             else:
                 self.copied.append(name)
-                self.leaves[name] = self._part(one, parameter.detach()).to(torch.float32, copy=True)
+                self.leaves[name] = one.part(parameter.detach()).to(torch.float32, copy=True)
 
     def collect(self) -> None:
         """Add the gradients of the model's parameters to those of their copies; once for each piece of a step."""
+        for name, shard in self.shards.items():
+            self.leaves[name].grad = None if shard.grad is None else shard.grad.to_local()
         for name in self.copied:
             one, leaf = self.trainable[name], self.leaves[name]
             if one.parameter.grad is not None:
-                part = self._part(one, one.parameter.grad).float()
+                part = one.part(one.parameter.grad).float()
                 leaf.grad = part.clone() if leaf.grad is None else leaf.grad.add_(part)
                 one.parameter.grad = None
+
+    @property
+    def copies(self) -> dict[str, torch.Tensor]:
+        """Those that every process has whole."""
+        return {name: leaf for name, leaf in self.leaves.items() if name not in self.shards}
+
+    def add_up(self, group: Group, asked: Iterable[str]) -> None:
+        """Sum the gradients of `asked`, what has any somewhere, over the processes; FSDP has summed those of shards."""
+        leaves = [leaf for name, leaf in self.copies.items() if name in set(asked)]
+        for leaf in leaves:
+            if leaf.grad is None:
+                leaf.grad = torch.zeros_like(leaf)
+        group.add([leaf.grad for leaf in leaves if leaf.grad is not None])
+
+    def clip(self, group: Group, longest: float) -> float:
+        """Shorten the gradient, over all weights together, to `longest`; gives its length before."""
+        leaves = [leaf for leaf in self.leaves.values() if leaf.grad is not None]
+        if group.world == 1:
+            return torch.nn.utils.clip_grad_norm_(leaves, longest).item()
+        own = sum(group.gather(_square([self.leaves[name] for name in self.shards])))
+        norm = (own + _square(list(self.copies.values()))) ** 0.5
+        torch.nn.utils.clip_grads_with_norm_(leaves, longest, torch.tensor(norm))
+        return float(norm)
 
     @torch.no_grad()
     def write_back(self) -> None:
@@ -90,7 +137,7 @@ class Weights:
             if one.indices is None:
                 one.parameter.copy_(leaf)
             else:
-                one.parameter.index_copy_(one.axis, self._index(one), leaf)
+                one.parameter.index_copy_(one.axis, one.index, leaf)
 
     @torch.no_grad()
     def load(self, values: Mapping[str, torch.Tensor]) -> None:
@@ -99,33 +146,40 @@ class Weights:
             leaf.copy_(values[name])
         self.write_back()
 
+    def forget_gradients(self) -> None:
+        """No gradients."""
+        for tensor in (*self.leaves.values(), *self.shards.values()):
+            tensor.grad = None
+
     def clear(self) -> None:
         """No gradients, and nothing that asks for them."""
-        for name, one in self.trainable.items():
+        self.forget_gradients()
+        for one in self.trainable.values():
             one.parameter.grad = None
             one.parameter.requires_grad_(False)
-            self.leaves[name].grad = None
 
-    def finite(self) -> bool:
-        """Whether every value is."""
-        return all(bool(torch.isfinite(leaf).all()) for leaf in self.leaves.values())
+    def finite(self, group: Group) -> bool:
+        """Whether every value is, everywhere."""
+        return all(group.gather(all(bool(torch.isfinite(leaf).all()) for leaf in self.leaves.values())))
 
-    def digest(self) -> str:
-        """A hash over names and values."""
-        import xxhash
 
-        hasher = xxhash.xxh3_128()
-        for name, leaf in self.leaves.items():
-            hasher.update(name.encode())
-            hasher.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return hasher.hexdigest()
+def _square(leaves: Iterable[torch.Tensor]) -> float:
+    """Of the length of their gradients together."""
+    gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients).item() ** 2 if gradients else 0.0
 
-    @staticmethod
-    def _index(one: Trainable) -> torch.Tensor:
-        return torch.tensor(one.indices, device=one.parameter.device)
 
-    def _part(self, one: Trainable, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if one.indices is None else tensor.index_select(one.axis, self._index(one))
+def digest(trainable: Mapping[str, Trainable], *, masters: bool = True) -> str:
+    """A hash over names and values, as `Weights` of them would begin."""
+    import xxhash
+
+    hasher = xxhash.xxh3_128()
+    for name, one in trainable.items():
+        whole = one.parameter.detach()
+        value = one.part(whole).float() if masters or one.indices is not None else whole
+        hasher.update(name.encode())
+        hasher.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
 
 
 class Average:

@@ -252,8 +252,8 @@ def test_nothing_to_learn(model):
         fit(model, batches(sequences(8)), names=[])
 
 
-def test_several_processes_are_refused(model):
-    with pytest.raises(Unsupported, match="one process trains"):
+def test_batches_of_other_processes_are_refused(model):
+    with pytest.raises(UsageError, match="not shared among the processes of this run"):
         fit(model, Batches(sequences(8), world=2))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from regraft.core.errors import Unsupported, UsageError
-from regraft.core.training.weights import Average, Trainable, Weights, select
+from regraft.core.training.weights import Average, Trainable, Weights, digest, select
 
 
 def parameter(*shape, dtype=torch.float32):
@@ -58,11 +58,11 @@ def test_average_closed_form():
 
 def test_digest_sees_values_and_names():
     one = parameter(3)
-    first = Weights({"w": Trainable(one)}).digest()
-    assert first == Weights({"w": Trainable(parameter(3))}).digest()
-    assert first != Weights({"v": Trainable(one)}).digest()
+    first = digest({"w": Trainable(one)})
+    assert first == digest({"w": Trainable(parameter(3))})
+    assert first != digest({"v": Trainable(one)})
     one.data[0] = -1
-    assert first != Weights({"w": Trainable(one)}).digest()
+    assert first != digest({"w": Trainable(one)})
 
 
 def test_what_cannot_learn():

@@ -1,0 +1,148 @@
+"""The processes of one run: this one alone, or those that torchrun started together.
+
+All of them plan and run the steps, so that they can compute together; the first alone writes, and tells. What they say
+to each other outside of computations goes through torchrun's key-value store: the work folder is ready, the target
+stands, the run has failed. torch is imported only where there are several.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+from regraft.core.errors import ResourceError, UsageError
+
+READY, DONE = "ready", "done"
+"""What the first process announces: others may enter the work folder; the target stands."""
+
+_FAILED, _LEFT = "failed", "left"
+_CONNECT_SECONDS, _PARTING_SECONDS, _POLL_SECONDS = 60, 30, 0.05
+
+
+class Ended(Exception):
+    """Another process has failed and says so: this one ends in silence, with the same exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"another process ended with {code}")
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all.
+
+    Args:
+        rank: its number, from 0.
+        world: how many there are.
+        local_rank: its number on this machine, which is that of its CUDA device.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this one writes and tells."""
+        return self.rank == 0
+
+    def announce(self, event: str) -> None:
+        """Tell all others that `event` has come."""
+        if self.world > 1:
+            store().set(event, "1")
+
+    def wait(self, event: str) -> None:
+        """Until `event` is announced, however long that takes.
+
+        Raises:
+            Ended: a process has failed.
+        """
+        while self.world > 1 and not _heard(event):
+            time.sleep(_POLL_SECONDS)
+
+    def part(self) -> None:
+        """The last call of a run that succeeded: no more computing together, and whoever holds the store goes last."""
+        if self.world == 1:
+            return
+        from torch import distributed
+
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+        others, until = store().add(_LEFT, 0 if self.first else 1), time.monotonic() + _PARTING_SECONDS
+        while self.first and others < self.world - 1 and time.monotonic() < until:
+            time.sleep(_POLL_SECONDS)
+            others = store().add(_LEFT, 0)
+
+    def ending(self, code: int) -> tuple[bool, int]:
+        """Whether this process, which fails with `code`, is the first to fail, and so the one that says why; and the
+        code with which all end.
+        """
+        if self.world == 1:
+            return True, code
+        try:
+            failed = store().compare_set(_FAILED, "", f"{self.rank} {code}").decode()
+        except (RuntimeError, ResourceError, UsageError):  # no store any more: who held it has failed before
+            return self.first, code
+        rank, _, first_code = failed.partition(" ")
+        return int(rank) == self.rank, int(first_code)
+
+
+def processes(environment: Mapping[str, str] = os.environ) -> Processes:
+    """This process, from the variables that torchrun sets.
+
+    Raises:
+        UsageError: they contradict each other.
+    """
+    try:
+        world = int(environment.get("WORLD_SIZE", "1"))
+        if world <= 1:
+            return Processes()
+        rank = int(environment["RANK"])
+        ours = Processes(rank, world, int(environment.get("LOCAL_RANK", rank)))
+        if not 0 <= ours.rank < ours.world or not {"MASTER_ADDR", "MASTER_PORT"} <= set(environment):
+            raise KeyError("RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT")
+    except (ValueError, KeyError) as error:
+        raise UsageError(
+            "the environment does not say which process this is",
+            where="WORLD_SIZE",
+            expected="all of WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them",
+            found=error,
+            remedy="start it with torchrun, or unset WORLD_SIZE",
+        ) from None
+    return ours
+
+
+@cache
+def store() -> Any:
+    """The key-value store that all processes share, with keys of our own.
+
+    Raises:
+        ResourceError: it does not answer.
+    """
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        shared, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=_CONNECT_SECONDS)))
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ResourceError(
+            "the other processes cannot be reached",
+            where=f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}",
+            found=str(error).splitlines()[0],
+            remedy="look at their messages, and at the network between the machines",
+        ) from None
+    return PrefixStore("regraft", shared)
+
+
+def _heard(event: str) -> bool:
+    try:
+        if store().check([_FAILED]):
+            raise Ended(int(store().get(_FAILED).decode().partition(" ")[2]))
+        return bool(store().check([event]))
+    except RuntimeError:  # the connection is gone, and with it the process that held the store
+        raise Ended(1) from None
