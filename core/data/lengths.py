@@ -52,7 +52,8 @@ class Lengths:
         if self.too_long == "split" and isinstance(example, Example):
             self.split += 1
             return list(self._pieces(example, self.most))
-        raise InputError(f"has {len(example)} tokens", expected=f"at most {self.most}")
+        others = '"truncate", "split" or "drop"' if isinstance(example, Example) else '"truncate" or "drop"'
+        raise InputError(f"has {len(example)} tokens", expected=f"at most {self.most}, or too_long = {others}")
 
     def _pieces(self, example: Example, most: int) -> list[Example]:
         pieces = [example.cut(start, start + most) for start in range(0, len(example), most)]

@@ -181,6 +181,8 @@ def _answered(prompt: Any, column: str, answer: Any, answer_column: str) -> Comp
         return Completion(_whole(prompt, column), _text(answer, answer_column))
     if isinstance(answer, str) and prompt is None:
         raise InputError(f"{column} is missing")
+    if answer is None:
+        raise InputError(f"{answer_column} is missing")
     before = () if prompt is None else _messages(prompt, column, "user")
     return Chat((*before, *_messages(answer, answer_column, "assistant")), len(before))
 

@@ -93,7 +93,9 @@ class JsonLog:
             self.file = path.open("w")
             self.file.writelines(f"{line}\n" for line in (kept if done else []))
         except OSError as error:
-            raise ResourceError("the log cannot be written", where=path, found=error) from None
+            raise ResourceError(
+                "the log cannot be written", where=path, found=error, remedy="choose another place for it"
+            ) from None
 
     def __call__(self, progress: Progress) -> None:
         """Write a step, at once."""

@@ -67,7 +67,7 @@ def test_columns_that_do_not_fit(values, options, message):
         ({"text": 3}, "text is no text"),
         ({"text": "a\ud800"}, "surrogate"),
         ({"prompt": None, "completion": "b"}, "prompt is missing"),
-        ({"prompt": "a", "completion": None}, "completion is no list of messages"),
+        ({"prompt": "a", "completion": None}, "completion is missing"),
         ({"prompt": "a", "completion": " "}, "completion is empty"),
         ({"messages": []}, "no list of messages"),
         ({"messages": "a"}, "no list of messages"),
