@@ -205,7 +205,10 @@ class _Before:
         self.added = set(vars(self.module)) - self.names
 
     def bring_back(self) -> None:
-        """As it was."""
+        """As it was, so that it can be shared out again; torch has no call that takes `fully_shard` back."""
+        from torch.distributed._composable_state import _module_state_mapping
+
+        _module_state_mapping.pop(self.module, None)
         self.module.__class__ = self.kind
         for name in self.added:
             delattr(self.module, name)

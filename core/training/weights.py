@@ -113,7 +113,8 @@ class Weights:
 
     def add_up(self, group: Group, asked: Iterable[str]) -> None:
         """Sum the gradients of `asked`, what has any somewhere, over the processes; FSDP has summed those of shards."""
-        leaves = [leaf for name, leaf in self.copies.items() if name in set(asked)]
+        wanted = set(asked)
+        leaves = [leaf for name, leaf in self.copies.items() if name in wanted]
         for leaf in leaves:
             if leaf.grad is None:
                 leaf.grad = torch.zeros_like(leaf)

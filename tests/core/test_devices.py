@@ -38,3 +38,14 @@ def test_devices_that_are_not(count, wish, found, machine):
     with pytest.raises(ResourceError) as caught:
         resolve_device(wish)
     assert caught.value.found == found
+
+
+def test_every_process_takes_the_device_of_its_own(machine):
+    machine(2)
+    assert [resolve_device(wish, own=1) for wish in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
+    with pytest.raises(UsageError, match="a device each"):
+        resolve_device("cuda:0", own=1)
+    with pytest.raises(ResourceError, match="no such device"):
+        resolve_device("auto", own=2)
+    machine(0)
+    assert resolve_device("auto", own=1) == "cpu"
