@@ -9,6 +9,7 @@ and exit code 0, or with the first violation and exit code 1.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -67,6 +68,19 @@ def make_base(folder: Path, megabytes: int) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def make_training(root: Path) -> Path:
+    """A fine-tune of the embedded model that saves its state every fifth of sixty steps, and a step after it."""
+    lines = [json.dumps({"text": f"In the beginning was the word, and the word was {n}."}) for n in range(64)]
+    (root / "texts.jsonl").write_text("\n".join(lines))
+    recipe = root / "training.toml"
+    recipe.write_text(
+        '[base]\nmodel = "demo:tiny"\n[[steps]]\nuse = "fine-tune"\ndata = "texts.jsonl"\ntask = "text"\n'
+        'steps = 60\nepochs = 60\nbatch_size = 8\nlr = 1e-4\ntrain = { precision = "float32", save_every = 5 }\n'
+        '[[steps]]\nuse = "context-extension"\nmethod = "abf"\ntarget_length = 4096\n'
+    )
+    return recipe
+
+
 def make_recipe(root: Path) -> Path:
     """Context extension and a cast: every tensor is computed."""
     recipe = root / "recipe.toml"
@@ -85,19 +99,19 @@ class Campaign:
         self.target = root / "out"
         self.work = root / ".out.regraft"
         make_base(root / "base", megabytes)
-        self.recipe = make_recipe(root)
+        self.recipe, self.training = make_recipe(root), make_training(root)
         self.stable = {path.name for path in root.iterdir()}
 
-    def start(self, *options: str) -> subprocess.Popen[str]:
+    def start(self, *options: str, recipe: Path | None = None) -> subprocess.Popen[str]:
         """An `apply` on its way."""
-        command = [*REGRAFT, "apply", str(self.recipe), "-o", str(self.target), "--no-durable", *options]
+        command = [*REGRAFT, "apply", str(recipe or self.recipe), "-o", str(self.target), "--no-durable", *options]
         return subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
 
-    def finish(self, *options: str) -> None:
+    def finish(self, *options: str, recipe: Path | None = None) -> None:
         """A whole `apply`, which must succeed."""
-        process = self.start(*options)
+        process = self.start(*options, recipe=recipe)
         _, errors = process.communicate(timeout=TIMEOUT_SECONDS)
         self.expect(process.returncode == 0, f"a clean run failed: {errors}")
         self.check("after a clean run", must_exist=True)
@@ -170,6 +184,35 @@ class Campaign:
             self.expect(codes[0] == 0 and codes[1] in (2, 4), f"race {number}: exit codes {codes}: {results}")
             self.check(f"race {number}", must_exist=True)
 
+    def trainings(self, count: int) -> str:
+        """A run that trains, broken off again and again, ends with the bytes of one that was left alone."""
+        shutil.rmtree(self.target, ignore_errors=True)
+        started = time.monotonic()
+        self.finish(recipe=self.training)
+        seconds, expected = time.monotonic() - started, self.bytes_of_target()
+        broken, resumed = 0, 0
+        for number in range(count):
+            shutil.rmtree(self.target)
+            for _ in range(3):
+                process = self.start(recipe=self.training)
+                time.sleep(self.rng.uniform(0.3, 1.0) * seconds)
+                process.send_signal(self.rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT]))
+                process.communicate(timeout=TIMEOUT_SECONDS)
+                if self.check(f"training {number}"):
+                    break
+                broken += 1
+                resumed += any((self.work / "state").glob("*/*/step-*"))
+            else:
+                self.finish(recipe=self.training)
+            self.expect(self.bytes_of_target() == expected, f"training {number}: other bytes than when left alone")
+            self.expect(not self.work.exists(), f"training {number} leaves its work folder")
+        return f"{broken} times broken off, {resumed} times with a state to go on from, the same bytes every time"
+
+    def bytes_of_target(self) -> dict[str, str]:
+        """SHA-256 of every file."""
+        files = [path for path in self.target.rglob("*") if path.is_file()]
+        return {str(path.relative_to(self.target)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
     def full_disk(self) -> str:
         """A file system that is too small: refused before writing; and one that fills up while writing."""
         small = self.root / "small"
@@ -214,6 +257,7 @@ def main() -> None:
         print(f"interrupts: {count} of {count} clean")
         campaign.races(2 if short else 8)
         print("races: one winner each time")
+        print(f"trainings: {campaign.trainings(2 if short else 10)}")
         print(f"full disk: {campaign.full_disk()}")
 
 
