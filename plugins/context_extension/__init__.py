@@ -9,21 +9,22 @@ layers and scales all: `skip_layers` is 2 with remote-code, as the paper says, a
 is a staircase that the stock Ministral3 computes: equal to the exact scale inside the window and at the end of each
 multiple of it, above it by at most ln 2 / ln c elsewhere. For models whose base is above 100 000 already the paper has
 no rule; ours is max(500 000, b · s^(d / (d - 2))). In a layer with a sliding window, keys in sight count, not the
-position.
+position. `tune` is appendix A, with gradients clipped at norm 1, of which the paper says nothing; the reference
+repository has no training code. `probe` draws figure 1 from means of entropies, where that repository takes the entropy
+of mean weights, after a second softmax.
 """
 
 from __future__ import annotations
 
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.hookspecs import hookimpl
-from regraft.core.patch import Patch
-from regraft.core.transformation import AnyTransformation, WeightSpace
+from regraft.core.patch import Outline, Patch
+from regraft.core.transformation import AnyTransformation, Run, Transformation
 from regraft.plugins.context_extension.params import ContextExtensionParams
-from regraft.plugins.context_extension.rewrite import extend, make_patch
 
 
-class ContextExtension(WeightSpace[ContextExtensionParams]):
-    """Extends the context window of a model with rotary positions."""
+class ContextExtension(Transformation[ContextExtensionParams]):
+    """Extends the context window of a model with rotary positions, and fine-tunes and measures it where asked to."""
 
     name = "context-extension"
     summary = "Extend the context window: entropy-aware ABF, ABF, position interpolation, NTK-aware base, YaRN."
@@ -36,12 +37,37 @@ class ContextExtension(WeightSpace[ContextExtensionParams]):
 
         Raises:
             Unsupported: with the reason and the remedy.
+            InputError: the config is malformed.
+            UsageError: the data of the fine-tune is not there.
         """
-        extend(checkpoint, params)
+        from regraft.plugins.context_extension.rewrite import check
 
-    def patch(self, checkpoint: Checkpoint, params: ContextExtensionParams) -> Patch:
-        """The patch: config and tokenizer length; code or folded weights where asked for."""
-        return make_patch(checkpoint, params)
+        check(checkpoint, params)
+
+    def plan(self, checkpoint: Checkpoint, params: ContextExtensionParams) -> Outline:
+        """Config and tokenizer length; code or folded weights where asked for; with a fine-tune every weight."""
+        from regraft.plugins.context_extension.rewrite import outline
+
+        return outline(checkpoint, params)
+
+    def apply(self, checkpoint: Checkpoint, params: ContextExtensionParams, run: Run) -> Patch:
+        """The patch; a model is made only for `tune` and `probe`.
+
+        Raises:
+            InputError: data cannot be read or is too little or too short; the checkpoint has no tokenizer.
+            UsageError: the data is of another kind; the saved state belongs to another recipe.
+            Unsupported: the model cannot be trained or measured, or its own code may not run.
+            TransformationError: the loss is not finite.
+            ResourceError: out of memory, or a log cannot be written.
+        """
+        from regraft.plugins.context_extension.rewrite import make_patch
+
+        patch = make_patch(checkpoint, params)
+        if params.tune is None and params.probing is None:
+            return patch
+        from regraft.plugins.context_extension.fit import fit
+
+        return fit(checkpoint, patch, params, run)
 
 
 @hookimpl

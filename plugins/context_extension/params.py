@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from regraft.core.transformation import Params
+from regraft.plugins.context_extension.settings import ProbeSettings, TuneSettings
 
 Method = Literal["entropy-abf", "abf", "linear", "ntk", "yarn"]
 Export = Literal["native", "remote-code", "abf-only"]
@@ -79,6 +80,20 @@ class ContextExtensionParams(Params):
     beta_slow: Positive | None = Field(
         None, description="yarn: pairs that turn less often than this are interpolated. Default: 1."
     )
+    tune: TuneSettings | None = Field(
+        None,
+        description="Fine-tune all weights afterwards, under the scale that is exported. { data = 'long.jsonl' } is "
+        "the paper's 100-sample recipe: 6 steps for 100 samples. Other keys: epochs, steps, batch_size, micro_batch, "
+        "shuffle, drop_last, lr, optimizer, betas, eps, weight_decay, schedule, warmup_steps, final_lr, clip_norm, "
+        "ema, precision, dropout, gradient_checkpointing, stop_loss, stop_window, spam, log_every, save_every, log, "
+        "tensorboard.",
+    )
+    probe: bool | ProbeSettings = Field(
+        False,
+        description="Measure the model before and after, changing nothing: attention entropy against position, and "
+        "retrieval of a key over length and depth; true, or a table with entropy, passkey, samples, lengths, depths, "
+        "text, needle, question, answers, choices, precision.",
+    )
 
     @property
     def scales_logits(self) -> bool:
@@ -91,6 +106,25 @@ class ContextExtensionParams(Params):
         if self.skip_layers is not None:
             return self.skip_layers
         return 2 if self.export == "remote-code" else 0
+
+    @property
+    def probing(self) -> ProbeSettings | None:
+        """What is measured; None for nothing."""
+        if isinstance(self.probe, ProbeSettings):
+            return self.probe
+        return ProbeSettings() if self.probe else None
+
+    @model_validator(mode="after")
+    def _refuse_what_goes_beyond(self) -> Self:
+        longest = self.tune.data.max_tokens if self.tune else None
+        if longest is not None and longest > self.target_length:
+            raise ValueError(
+                f"tune.data.max_tokens ({longest}) is beyond target_length ({self.target_length}): lower it"
+            )
+        lengths = self.probing.lengths_for(self.target_length) if self.probing else ()
+        if lengths and max(lengths) > self.target_length:
+            raise ValueError(f"probe.lengths go beyond target_length ({self.target_length}): lower {max(lengths)}")
+        return self
 
     @model_validator(mode="after")
     def _refuse_what_has_no_effect(self) -> Self:

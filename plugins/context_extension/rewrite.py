@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from regraft.core.checkpoint import CONFIG, TOKENIZER_CONFIG, Checkpoint
-from regraft.core.errors import InputError, Unsupported
+from regraft.core.data.load import check_sources
+from regraft.core.errors import InputError, Unsupported, UsageError
 from regraft.core.jsonio import difference
-from regraft.core.patch import Patch
+from regraft.core.patch import Outline, Patch, overlay
+from regraft.core.training.whole import learnable, refuse_quantised
+from regraft.plugins.context_extension.cost import probe_bytes, tune_bytes, tune_state_bytes
 from regraft.plugins.context_extension.exports import (
     check_native,
     check_remote_code,
@@ -74,8 +77,42 @@ def extend(checkpoint: Checkpoint, params: ContextExtensionParams) -> Extension:
     return Extension(family, text, before, after, original, (*notes, *window_notes))
 
 
+def check(checkpoint: Checkpoint, params: ContextExtensionParams) -> None:
+    """Refuse what headers, config and parameters show to be impossible; see `ContextExtension.check`."""
+    extend(checkpoint, params)
+    if params.tune is not None:
+        refuse_quantised(checkpoint)
+        check_sources(params.tune.data)
+    text = params.probing.text if params.probing else None
+    if text is not None and not text.is_file():
+        raise UsageError("there is no such file", where="probe.text", found=text, remedy="check the path")
+
+
+def outline(checkpoint: Checkpoint, params: ContextExtensionParams) -> Outline:
+    """What the step will do: the patch of the extension and, with a fine-tune, every floating-point tensor.
+
+    Raises:
+        Unsupported, InputError: as `make_patch`.
+    """
+    patch = make_patch(checkpoint, params)
+    extension = Outline.of(patch)
+    extended = overlay(checkpoint, patch, by="context-extension")
+    specs, notes, memory, state = dict(extension.specs), list(extension.notes), 0, 0
+    if params.tune is not None:
+        specs |= learnable(extended)
+        memory, state = tune_bytes(extended, params.tune, params.target_length), tune_state_bytes(extended, params.tune)
+        notes.append(
+            f"fine-tunes all weights: {params.tune.epochs} epochs of batches of {params.tune.batch_size}, "
+            f"lr {params.tune.lr:g}"
+        )
+    if params.probing is not None:
+        memory = max(memory, probe_bytes(extended, params.target_length))
+        notes.append(f"probes the model before and after, in texts of up to {params.target_length} tokens")
+    return replace(extension, specs=specs, notes=tuple(notes), workspace_bytes=memory, scratch_bytes=state)
+
+
 def make_patch(checkpoint: Checkpoint, params: ContextExtensionParams) -> Patch:
-    """The patch.
+    """The patch of the extension itself, without what `tune` and `probe` add.
 
     Raises:
         Unsupported, InputError: as `extend`, and where a constant factor cannot be folded.
@@ -102,7 +139,7 @@ def make_patch(checkpoint: Checkpoint, params: ContextExtensionParams) -> Patch:
         )
     config = {**checkpoint.config, extension.family.nested: text} if extension.family.nested else text
     edits = {} if params.logit_scale is None else fold_logit_scale(checkpoint, params.logit_scale)
-    if params.method in _NEEDS_TUNING:
+    if params.method in _NEEDS_TUNING and params.tune is None:
         notes.append(_NEEDS_TUNING[params.method])
     if edits and not math.log2(params.logit_scale or 1).is_integer():
         notes.append(

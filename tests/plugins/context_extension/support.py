@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.patch import Patch, overlay
 from regraft.core.sources.folder import open_folder
+from regraft.core.transformation import Run
 from regraft.plugins.context_extension import ContextExtension
 from regraft.plugins.context_extension.params import ContextExtensionParams
 from tests.families import save_tiny
@@ -50,7 +51,7 @@ def apply(checkpoint: Checkpoint, **values: Any) -> Patch:
     """Check, plan and apply, as a recipe does; the plan must say what the patch does."""
     step, given = ContextExtension(), params(**values)
     step.check(checkpoint, given)
-    patch = step.patch(checkpoint, given)
+    patch = step.apply(checkpoint, given, Run("step"))
     assert step.plan(checkpoint, given).deviations(patch) == []
     return patch
 
