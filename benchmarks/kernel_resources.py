@@ -26,6 +26,8 @@ MODULES = (
     "regraft.kernels.linear_cross_entropy_triton",
     "regraft.kernels.fourier_nll_triton",
     "regraft.kernels.fourier_logits_triton",
+    "regraft.kernels.calibrated_attention_triton",
+    "regraft.kernels.rope_scale_triton",
 )
 """Modules whose `builds()` names what they ship."""
 
