@@ -59,7 +59,8 @@ class Probe:
         model: a causal language model of transformers, in eval mode.
         architecture: its roles.
         batch_size: prompts that run together.
-        position: `last` takes a prompt's last token, `mean` the mean over all its tokens.
+        position: `last` takes a prompt's last token; `mean` the mean over its tokens, the first of which counts only
+            if it is the only one: there many models keep values a hundred times larger, whatever the prompt.
         tell: is called with the number of prompts done, after every batch.
     """
 
@@ -144,10 +145,10 @@ class Probe:
         """[B, T, ...] to [B, ...] in fp32 on the CPU."""
         if self.position == "last":
             return found[torch.arange(len(found), device=found.device), lengths - 1].float().cpu()
-        inside = torch.arange(found.shape[1], device=found.device)[None] < lengths[:, None]
-        weights = inside.view(*inside.shape, *[1] * (found.dim() - 2)).float()
-        total = (found.float() * weights).sum(1)
-        return (total / lengths.view(-1, *[1] * (found.dim() - 2))).cpu()
+        place, more = torch.arange(found.shape[1], device=found.device)[None], [1] * (found.dim() - 2)
+        inside = (place < lengths[:, None]) & ((place > 0) | (lengths[:, None] == 1))
+        total = (found.float() * inside.view(*inside.shape, *more)).sum(1)
+        return (total / inside.sum(1).view(-1, *more)).cpu()
 
     def _listen(self, site: Site, take: Callable[[torch.Tensor], object]) -> Callable[[], None]:
         """Hand the activations [B, T, ...] of `site` to `take` in every forward pass; returns what ends it."""

@@ -96,7 +96,9 @@ class SteerParams(Params):
         "or a list of [layer, head], or a heads.json. Default: all heads of the layers.",
     )
     position: Literal["last", "mean"] = Field(
-        "last", description="last: the activation at the last token of a prompt. mean: the mean over its tokens."
+        "last",
+        description="last: the activation at the last token of a prompt. mean: the mean over its tokens but the first, "
+        "at which many models keep values a hundred times larger, whatever the prompt.",
     )
     weighting: Literal["mean", "entropy"] = Field(
         "mean",
