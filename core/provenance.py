@@ -17,6 +17,7 @@ from regraft.core.checkpoint import Checkpoint
 from regraft.core.layout import Layout
 from regraft.core.patch import Patch
 from regraft.core.plan import BASE_CARD, Plan, PlannedStep, paths_of, place_of
+from regraft.core.processes import processes
 from regraft.core.sources.folder import CARD, LOCK
 from regraft.core.writer import WriteReport
 
@@ -88,6 +89,7 @@ def environment(device: str) -> dict[str, Any]:
         "system": platform.system(),
         "machine": platform.machine(),
         "device": device.split(":")[0],
+        **({"processes": world} if (world := processes().world) > 1 else {}),
     }
 
 

@@ -40,11 +40,11 @@ class Run:
         device: torch device string, such as `cpu` or `cuda:0`.
         seed: the recipe's seed; see `seed_for`.
         strict: refuse what is otherwise warned about.
-        cache: a folder for the step's own intermediate files, gone when the run ends.
+        cache: a folder for the step's own intermediate files, gone when the run ends; all processes have the same.
         tell: shows a line of progress to the user; under torchrun, that of the first process.
         trust: whether Python code of the checkpoint may run: the recipe says so, or it comes from our own steps.
-        state: where the step may keep what lets it go on after the run was killed, interrupted or failed. The step makes
-            the folder; only the first process writes it. It is gone when the target stands.
+        state: where the step may keep what lets it go on after the run was killed, interrupted or failed. It makes the
+            folder itself; only the first process writes it. It is gone when the target stands.
         rank, world: this process and how many there are, under torchrun.
     """
 

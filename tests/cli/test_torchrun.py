@@ -1,5 +1,6 @@
 """`torchrun -m regraft apply`: two processes give one checkpoint and one message, whoever fails."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,7 @@ def test_a_process_that_fails_ends_both_and_the_next_run_goes_on(together, monke
     assert ran.stdout.count("wrote out") == 1
     assert not Path(".out.regraft").exists()
     done("verify", "out", "--deep")
+    assert json.loads(Path("out/regraft.lock.json").read_text())["environment"]["processes"] == 2
 
     host = host_with(Trainer)
     monkeypatch.setattr("regraft.core.host.host", lambda: host)
