@@ -94,7 +94,7 @@ class FineTuneParams(Params):
         description="How much of the change is stored: W + strength (W_tuned - W). 0: the base; 1: what was trained.",
     )
     train: FineTuneOptions = Field(
-        FineTuneOptions(),
+        default_factory=FineTuneOptions,
         description="The rest: { optimizer, betas, eps, weight_decay, schedule, warmup_steps, final_lr, clip_norm, "
         "precision, stop_loss, stop_window, dropout, gradient_checkpointing, spam, shuffle, drop_last, log_every, "
         "save_every }.",
