@@ -37,20 +37,20 @@ def generate(
     from regraft.core.devices import check_device
     from regraft.core.generation import Generation, Sampling, read_prompt
     from regraft.core.host import host
-    from regraft.core.loaded import check_dtype, load
+    from regraft.core.loaded import check_dtype, opened
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     check_device(device)
     check_dtype(dtype)
     text = _stdin() if prompt == "-" else prompt
-    loaded = load(
+    loaded = opened(
         checkpoint,
         revision=revision,
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         sources=host().sources(),
-    )
+    ).load()
     asked = read_prompt(loaded.tokenizer, text, raw=raw, system=system)
     written = Generation(loaded.model, loaded.tokenizer, asked, sampling)
     interrupted = _write(written, show=not as_json)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from regraft.core.architectures import Family
     from regraft.core.checkpoint import Checkpoint
+    from regraft.core.evaluate.metric import AnyMetric
     from regraft.core.patch import Patch
     from regraft.core.sources import Source
     from regraft.core.transformation import AnyTransformation
@@ -54,6 +55,16 @@ def regraft_architectures() -> Sequence[Family]:
 
     Called once, when roles are first asked for. A row whose `model_type` is built in replaces the built-in row.
     Since API 1.0.
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def regraft_metrics() -> Sequence[type[AnyMetric]]:
+    """Metrics that `regraft eval --task` can name.
+
+    Called once, when `regraft eval` runs. Each class is instantiated without arguments for every task. A name that is
+    built in stays built in; two plugins that bring the same name are an error that names both. Since API 1.0.
     """
     raise NotImplementedError
 

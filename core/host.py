@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from regraft.core.architectures import Family
     from regraft.core.checkpoint import Checkpoint
+    from regraft.core.evaluate.metric import AnyMetric
     from regraft.core.patch import Patch
     from regraft.core.sources import Source
     from regraft.core.transformation import AnyTransformation
@@ -111,6 +112,27 @@ class Host:
             return "" if isinstance(item, Family) else "is no Family"
 
         return [family for _, family in self._items("regraft_architectures", fault)]
+
+    def metrics(self) -> Mapping[str, type[AnyMetric]]:
+        """Metrics that plugins bring, by name.
+
+        Raises:
+            PluginError: two plugins bring the same name.
+        """
+        from regraft.core.evaluate.metric import fault_of
+
+        found: dict[str, tuple[str, type[AnyMetric]]] = {}
+        for plugin, metric in self._items("regraft_metrics", fault_of):
+            if metric.name in found:
+                first = found[metric.name][0]
+                raise PluginError(
+                    "two plugins bring the same metric",
+                    where=metric.name,
+                    found=f"{first} and {plugin}",
+                    remedy=f"uninstall one, or set {DISABLE}={first}",
+                )
+            found[metric.name] = plugin, metric
+        return {name: metric for name, (_, metric) in found.items()}
 
     def add_commands(self, app: typer.Typer) -> None:
         """Let plugins register commands on `app`."""

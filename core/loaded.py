@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from regraft.core.errors import Unsupported, UsageError
@@ -11,9 +12,10 @@ from regraft.core.errors import Unsupported, UsageError
 if TYPE_CHECKING:
     from regraft.core.checkpoint import Checkpoint
     from regraft.core.sources import Source
+    from regraft.core.training.head import Head
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-"""What weights can be held and computed in; `auto` see `load`."""
+"""What weights can be held and computed in; `auto` see `opened`."""
 
 _SHORT_CODES = frozenset({"BF16", "F16"})
 
@@ -43,6 +45,13 @@ class Loaded:
 
         return window_tokens(self.model)
 
+    @cached_property
+    def head(self) -> Head:
+        """How its logits follow from its last hidden states."""
+        from regraft.core.training.head import Head
+
+        return Head.of(self.model)
+
 
 def check_dtype(wish: str) -> None:
     """Refuse what is no dtype to compute in.
@@ -56,7 +65,47 @@ def check_dtype(wish: str) -> None:
         )
 
 
-def load(
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint whose headers are read, and whose model can be made.
+
+    Args:
+        checkpoint: that was opened.
+        device: torch device.
+        dtype: as for `opened`.
+        trust: whether its code may run.
+    """
+
+    checkpoint: Checkpoint
+    device: str
+    dtype: str
+    trust: bool
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that its positions are meant for; None where config.json does not say."""
+        config = self.checkpoint.config
+        text = config.get("text_config") or config
+        values = (text.get(key) for key in ("max_position_embeddings", "n_positions"))
+        return next((value for value in values if type(value) is int), None)
+
+    def load(self) -> Loaded:
+        """Make model and tokenizer.
+
+        Raises:
+            InputError: no tokenizer, or tensors that do not fit the model's class.
+            Unsupported: no class for the model.
+            ResourceError: not enough memory.
+        """
+        from regraft.core.training.model import materialise_model, materialise_tokenizer
+
+        dtype = _dtype(self.checkpoint, self.device) if self.dtype == "auto" else self.dtype
+        tokenizer = materialise_tokenizer(self.checkpoint, trust_remote_code=self.trust)
+        model = materialise_model(self.checkpoint, self.device, dtype, trust_remote_code=self.trust)
+        return Loaded(self.checkpoint, model, tokenizer, self.device, dtype)
+
+
+def opened(
     name: str,
     *,
     revision: str | None = None,
@@ -64,8 +113,8 @@ def load(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     sources: Sequence[Source] = (),
-) -> Loaded:
-    """Open a checkpoint and make its model and tokenizer.
+) -> Opened:
+    """Open a checkpoint, and refuse what can be refused from its headers.
 
     Args:
         name: whatever a recipe's base may be: a folder, a file, a hub id, `demo:tiny`.
@@ -78,27 +127,18 @@ def load(
 
     Raises:
         UsageError: no such device or dtype.
-        InputError: the checkpoint or its tokenizer cannot be read.
-        Unsupported: no class for the model, or one that needs code which may not run.
-        ResourceError: no such device, or not enough memory.
+        InputError: the checkpoint cannot be read.
+        Unsupported: its model needs code which may not run.
+        ResourceError: no such device.
     """
     from regraft.core.devices import resolve_device
     from regraft.core.sources import open_checkpoint
 
     check_dtype(dtype)
     place = resolve_device(device)
-    return ready(open_checkpoint(name, revision=revision, extra=sources), place, dtype, trust=trust_remote_code)
-
-
-def ready(checkpoint: Checkpoint, device: str, dtype: str, *, trust: bool) -> Loaded:
-    """As `load`, for a checkpoint that is open and a device that is there."""
-    from regraft.core.training.model import materialise_model, materialise_tokenizer
-
-    _refuse_untrusted(checkpoint, trust)
-    chosen = _dtype(checkpoint, device) if dtype == "auto" else dtype
-    tokenizer = materialise_tokenizer(checkpoint, trust_remote_code=trust)
-    model = materialise_model(checkpoint, device, chosen, trust_remote_code=trust)
-    return Loaded(checkpoint, model, tokenizer, device, chosen)
+    checkpoint = open_checkpoint(name, revision=revision, extra=sources)
+    _refuse_untrusted(checkpoint, trust_remote_code)
+    return Opened(checkpoint, place, dtype, trust_remote_code)
 
 
 def _refuse_untrusted(checkpoint: Checkpoint, trust: bool) -> None:

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
         UsageError,
         VerificationError,
     )
+    from regraft.core.evaluate.metric import Measured, Measuring, Metric
+    from regraft.core.evaluate.sample import Sample
     from regraft.core.hookspecs import API_VERSION, hookimpl
+    from regraft.core.loaded import Loaded
     from regraft.core.low_rank import LowRankDelta
     from regraft.core.offsets import HeadOffset, HeadScale, ResidualBias
     from regraft.core.operations import Convert, Operation, ScaleRows, Value
@@ -57,7 +60,10 @@ _HOMES = {
         "UsageError",
         "VerificationError",
     ),
+    "regraft.core.evaluate.metric": ("Measured", "Measuring", "Metric"),
+    "regraft.core.evaluate.sample": ("Sample",),
     "regraft.core.hookspecs": ("API_VERSION", "hookimpl"),
+    "regraft.core.loaded": ("Loaded",),
     "regraft.core.low_rank": ("LowRankDelta",),
     "regraft.core.offsets": ("HeadOffset", "HeadScale", "ResidualBias"),
     "regraft.core.operations": ("Convert", "Operation", "ScaleRows", "Value"),
@@ -82,8 +88,12 @@ __all__ = [
     "HeadScale",
     "InputError",
     "LazyTensor",
+    "Loaded",
     "LowRankDelta",
+    "Measured",
+    "Measuring",
     "MemoryTensor",
+    "Metric",
     "Operation",
     "Outline",
     "Params",
@@ -95,6 +105,7 @@ __all__ = [
     "ResidualBias",
     "ResourceError",
     "Run",
+    "Sample",
     "ScaleRows",
     "Source",
     "TensorSpec",

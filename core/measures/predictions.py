@@ -86,7 +86,7 @@ def predictions(
         for start in range(0, len(sequences), batch_size):
             some = sequences[start : start + batch_size]
             batch = collate(some, tuple(range(start, start + len(some))), str(device))
-            for logits, labels in _logits(head, batch, precision):
+            for logits, labels in kept_logits(head, batch, precision):
                 totals += _sums(logits, labels)
                 tokens += len(labels)
     if not tokens:
@@ -95,7 +95,7 @@ def predictions(
     return Predictions(tokens, loss, entropy, top)
 
 
-def _logits(head: Head, batch: Batch, precision: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def kept_logits(head: Head, batch: Batch, precision: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Logits [n, vocabulary] in fp32 and labels [n] of the positions that count, some at a time."""
     labels = batch.labels[:, 1:].flatten()
     wanted = labels != IGNORED

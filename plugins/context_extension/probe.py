@@ -8,13 +8,13 @@ from random import Random
 from typing import Any
 
 from regraft.core.checkpoint import Checkpoint, FileRef
+from regraft.core.measures.passkey import Passkeys
+from regraft.core.measures.prose import passage, sentences
 from regraft.core.patch import Patch
 from regraft.core.training.modes import bf16_is_fast
 from regraft.core.transformation import Run
 from regraft.plugins.context_extension.entropy import Curves, curves, entropy_figures, entropy_reports
 from regraft.plugins.context_extension.model import model_of
-from regraft.plugins.context_extension.passkey import Passkeys
-from regraft.plugins.context_extension.prose import passage, sentences
 from regraft.plugins.context_extension.settings import ProbeSettings
 from regraft.plugins.context_extension.sweep import Sweep, sweep, sweep_figures, sweep_reports
 
@@ -57,7 +57,7 @@ class Probe:
         if self.settings.entropy:
             self.entropies[name] = curves(model, self._texts(name), self.target)
         if self.settings.passkey:
-            passkeys = Passkeys(self.tokenizer, self.settings, self.run.seed_for("passkey"))
+            passkeys = Passkeys(self.tokenizer, self.settings, self.run.seed_for("passkey"), "probe.")
             lengths = self.settings.lengths_for(self.target)
             self.sweeps[name] = sweep(model, passkeys, lengths, lambda text: self._tell(name, text))
 

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from regraft.core.data.batches import BatchSettings
 from regraft.core.data.settings import Data, DataSettings
+from regraft.core.measures.passkey import KEY
 from regraft.core.recipe.references import OutputPath
 from regraft.core.training.settings import TrainOptions, TrainSettings
 from regraft.core.transformation import Params
@@ -18,9 +19,6 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Depth = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 Precision = Literal["auto", "float32", "bfloat16"]
-
-KEY = "{key}"
-"""What stands for the answer in a needle."""
 
 
 class TuneSettings(TrainOptions):

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from regraft.core.checkpoint import FileRef
-from regraft.plugins.context_extension.passkey import Answer, Passkeys, ask
+from regraft.core.measures.passkey import Answer, Passkeys, ask
 from regraft.plugins.context_extension.settings import ProbeSettings
 
 _DECIMALS = 4

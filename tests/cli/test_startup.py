@@ -38,7 +38,18 @@ def light(facts, code=0):
     assert facts["cpu"] < CPU_SECONDS
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["apply", "--help"], ["generate", "--help"], ["plugins"], ["schema"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["apply", "--help"],
+        ["generate", "--help"],
+        ["eval", "--help"],
+        ["plugins"],
+        ["schema"],
+    ],
+)
 def test_commands_that_open_nothing(arguments):
     facts, out = probe(*arguments)
     light(facts)

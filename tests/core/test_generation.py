@@ -7,12 +7,12 @@ import torch
 
 from regraft.core.errors import InputError, UsageError
 from regraft.core.generation import Generation, Prompt, Sampling, _Speller, choose, read_prompt
-from regraft.core.loaded import load
+from regraft.core.loaded import opened
 
 
 @cache
 def demo():
-    return load("demo:tiny", dtype="float32", device="cpu")
+    return opened("demo:tiny", dtype="float32", device="cpu").load()
 
 
 @pytest.mark.parametrize("raw", [True, False])

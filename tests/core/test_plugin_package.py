@@ -4,6 +4,7 @@ import inspect
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -16,7 +17,10 @@ from regraft.core import hookspecs
 from regraft.core.architectures import Family, architecture_of
 from regraft.core.checkpoint import Checkpoint, FileRef
 from regraft.core.errors import PluginError, Unsupported
+from regraft.core.evaluate.metric import Measuring
+from regraft.core.evaluate.tasks import read_tasks
 from regraft.core.host import DISABLE, GROUP, Host
+from regraft.core.loaded import Loaded
 from regraft.core.patch import Patch, overlay
 from regraft.core.sources import open_checkpoint
 from regraft.core.transformation import Run
@@ -69,6 +73,14 @@ def test_hook_sources(tmp_path):
     assert opened.label == "example:m"
     assert opened.origin == {"source": "example"}
     assert set(opened.specs) == set(tensors())
+
+
+def test_hook_metrics(tmp_path):
+    (task,) = read_tasks(["example-letters:ab"], example_host().metrics())
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "m", tensors()))
+    subject = Loaded(replace(checkpoint, label="a"), None, None, "cpu", "float32")
+    measured = task.metric.measure(subject, task.params, Measuring())
+    assert measured.samples["share"].value == 0.5
 
 
 def test_hook_architectures():

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -16,10 +17,15 @@ from regraft import (
     Checkpoint,
     Edit,
     Family,
+    Loaded,
+    Measured,
+    Measuring,
+    Metric,
     Operation,
     Params,
     Patch,
     Reference,
+    Sample,
     Source,
     Transformation,
     Unsupported,
@@ -89,6 +95,27 @@ class Scale(WeightSpace[ScaleParams]):
         )
 
 
+class LetterParams(Params):
+    """Parameters of `example-letters`."""
+
+    data: str = Field(description="The letters to count.")
+
+
+class Letters(Metric[LetterParams]):
+    """Which of some letters the model's name has."""
+
+    name = "example-letters"
+    summary = "Share of letters that are in the checkpoint's name."
+    figures = MappingProxyType({"share": "of the letters; higher is better"})
+    Params = LetterParams
+
+    def measure(self, subject: Loaded, params: LetterParams, measuring: Measuring) -> Measured:
+        """One unit for each letter."""
+        return Measured(
+            {"share": Sample.mean({letter: float(letter in subject.checkpoint.label) for letter in params.data})}
+        )
+
+
 class Alias:
     """Opens `example:PATH` as the checkpoint at PATH."""
 
@@ -108,6 +135,12 @@ class Alias:
 def regraft_transformations() -> list[type[Transformation[ScaleParams]]]:
     """Our transformation."""
     return [Scale]
+
+
+@hookimpl
+def regraft_metrics() -> list[type[Metric[LetterParams]]]:
+    """Our metric."""
+    return [Letters]
 
 
 @hookimpl

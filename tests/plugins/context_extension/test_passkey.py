@@ -8,10 +8,10 @@ import pytest
 
 from regraft.core.demo import TINY
 from regraft.core.errors import InputError, Unsupported
+from regraft.core.measures.passkey import Answer, Passkeys, Prompt, ask
+from regraft.core.measures.prose import fill, passage, sentences
 from regraft.core.sources.folder import open_folder
 from regraft.core.transformation import Run
-from regraft.plugins.context_extension.passkey import Answer, Passkeys, Prompt, ask
-from regraft.plugins.context_extension.prose import fill, passage, sentences
 from regraft.plugins.context_extension.settings import ProbeSettings
 from regraft.plugins.context_extension.sweep import Sweep, sweep, sweep_figures, sweep_reports
 from tests.families import tiny
@@ -29,7 +29,7 @@ def demo() -> tuple[Any, Any]:
 
 
 def passkeys(tokenizer: Any, **settings: Any) -> Passkeys:
-    return Passkeys(tokenizer, ProbeSettings(**settings), 7)
+    return Passkeys(tokenizer, ProbeSettings(**settings), 7, "probe.")
 
 
 @pytest.mark.parametrize("settings", [{}, RECALL], ids=["numbers", "names"])

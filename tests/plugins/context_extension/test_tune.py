@@ -219,7 +219,7 @@ def test_six_steps_on_long_text_do_not_make_it_worse(values: dict[str, Any], tmp
     """demo:tiny four times as far: the loss on its samples after 6 steps, against the extension alone."""
     import torch
 
-    from regraft.plugins.context_extension.prose import passage, sentences
+    from regraft.core.measures.prose import passage, sentences
 
     checkpoint = open_folder(TINY, label="demo:tiny")
     tokenizer = Run("step").tokenizer(checkpoint)

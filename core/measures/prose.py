@@ -1,4 +1,4 @@
-"""Text for probes: sentences made up from a few words, or those of the user's file, as long as needed."""
+"""Filler text: sentences made up from a few words, or those of the user's file, as long as needed."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def fill(lines: Iterator[str], count: Callable[[Sequence[str]], int], room: int)
         used = count(taken)
         if used <= before:
             remedy = "give a text that the tokenizer knows"
-            raise InputError("the text has no tokens", where="probe.text", found=repr(taken[-1]), remedy=remedy)
+            raise InputError("the text has no tokens", where="the text", found=repr(taken[-1]), remedy=remedy)
     return taken
 
 

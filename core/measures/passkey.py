@@ -10,20 +10,52 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from regraft.core.errors import InputError, Unsupported
-from regraft.plugins.context_extension.prose import fill, sentences, tokens
-from regraft.plugins.context_extension.settings import KEY, ProbeSettings
+from regraft.core.measures.prose import fill, sentences, tokens
 
 if TYPE_CHECKING:
     import torch
+
+KEY = "{key}"
+"""What stands for the key in a needle."""
 
 _DIGITS = 5
 _MOST_DRAWS = 1000
 _CACHE_BYTES = 256 << 20
 """Of copies of a text's keys and values, one for each key that is scored at the same time."""
+
+
+class Hiding(Protocol):
+    """What is hidden and asked for.
+
+    Args:
+        text: a file with the text around the key; None makes up English sentences.
+        needle: the sentence with the key, written `{key}`.
+        question: the end of the text, which the key continues.
+        answers: the keys to draw from; None draws numbers of five digits.
+        choices: keys among which the right one should be the likeliest.
+        depths: of a sweep: where in the text the key stands, 0 at its beginning, 1 at its end.
+        samples: of a sweep: prompts of each length and depth.
+    """
+
+    @property
+    def text(self) -> Path | None: ...  # noqa: D102
+    @property
+    def needle(self) -> str: ...  # noqa: D102
+    @property
+    def question(self) -> str: ...  # noqa: D102
+    @property
+    def answers(self) -> Sequence[str] | None: ...  # noqa: D102
+    @property
+    def choices(self) -> int: ...  # noqa: D102
+    @property
+    def depths(self) -> Sequence[float]: ...  # noqa: D102
+    @property
+    def samples(self) -> int: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -62,11 +94,13 @@ class Passkeys:
         tokenizer: of the checkpoint.
         settings: templates and keys.
         seed: of keys and filler.
+        where: what stands before the names of settings in messages.
     """
 
     tokenizer: Any
-    settings: ProbeSettings
+    settings: Hiding
     seed: int
+    where: str = ""
 
     def prompt(self, length: int, depth: float, number: int) -> Prompt:
         """A prompt that takes, with its answer, at most `length` tokens.
@@ -87,7 +121,7 @@ class Passkeys:
         while len(ids := tokens(self.tokenizer, self._text(lines, needle, depth))) > room:
             if not lines:
                 raise InputError(
-                    "the length has no room for needle and question", where="probe.lengths",
+                    "the length has no room for needle and question", where=f"{self.where}lengths",
                     expected=f"at least {len(ids) + len(keys[0])} tokens", found=length,
                     remedy="give greater lengths, or shorter templates",
                 )  # fmt: skip
@@ -115,7 +149,7 @@ class Passkeys:
             if len(same) == self.settings.choices:
                 return next(iter(same)), list(same.values())
         raise InputError(
-            "too few keys have as many tokens as one another", where="probe.answers",
+            "too few keys have as many tokens as one another", where=f"{self.where}answers",
             expected=f"{self.settings.choices} keys of as many tokens",
             found=", ".join(f"{len(same)} of {count}" for count, same in sorted(alike.items())),
             remedy="give more answers of one kind, or lower choices",
@@ -135,7 +169,7 @@ class Passkeys:
         if ids[: len(question)] != question or len(ids) == len(question):
             raise Unsupported(
                 "the tokenizer does not keep question and key apart",
-                where="probe.question",
+                where=f"{self.where}question",
                 expected="a text whose tokens stay when a space and the key follow",
                 found=f"{self.settings.question!r} and {key!r}",
                 remedy="end the question with a whole word, and give keys that the tokenizer knows",
