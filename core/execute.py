@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from regraft.core.checkpoint import Checkpoint, FileRef
 from regraft.core.devices import check_device, resolve_device
-from regraft.core.errors import InputError, PluginError, TransformationError, VerificationError
+from regraft.core.errors import InputError, PluginError, TransformationError, UsageError, VerificationError
 from regraft.core.host import Host
 from regraft.core.jsonio import dump
 from regraft.core.layout import Layout, lay_out
 from regraft.core.output_file import resources
 from regraft.core.patch import Patch, overlay
-from regraft.core.plan import Plan, PlannedStep, blaming, make_plan, open_base, output_patches, paths_of
+from regraft.core.plan import Plan, PlannedStep, blaming, make_plan, open_base, output_patches, outputs_of, paths_of
 from regraft.core.processes import DONE, READY, Processes, processes
 from regraft.core.requirements import check_resources, worker_count
 from regraft.core.saved_patches import check_patch_folders, save_patches
@@ -117,6 +117,7 @@ def apply(recipe: Recipe, target: Path, host: Host, options: ApplyOptions, event
     check_device(options.device)
     plan, findings = prepare(recipe, host, options)
     check_target(target, force=options.force, inputs=tuple(inputs_of(plan)))
+    _check_logs(plan, target)
     if options.save_patches is not None:
         check_patch_folders(plan, options.save_patches, [target, *inputs_of(plan)])
     check_resources(plan, target, link=options.link)
@@ -178,6 +179,20 @@ def inputs_of(plan: Plan) -> Iterator[Path]:
     for step in plan.steps:
         paths += [path for _, path in paths_of(step.params)]
     yield from (path for path in paths if path.exists())
+
+
+def _check_logs(plan: Plan, target: Path) -> None:
+    """Refuse what a step would write into the target: it would stand in the way when the target is put in place."""
+    for step in plan.steps:
+        for key, path in outputs_of(step.params):
+            if path.resolve().is_relative_to(target.resolve()):
+                raise UsageError(
+                    "stands inside the output, which appears only when everything is done",
+                    where=f"step {step.id}: {key}",
+                    expected="a path beside the output",
+                    found=path,
+                    remedy="write it elsewhere; losses and plots are in the output anyway",
+                )
 
 
 @dataclass(frozen=True)

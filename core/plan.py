@@ -100,8 +100,9 @@ class Plan:
 
     @property
     def computes(self) -> bool:
-        """Whether any tensor is computed, so that torch is needed."""
-        return any(tensor.raw is None for tensor in self.result.tensors.values())
+        """Whether any tensor is computed, or a step works by itself, so that torch is needed."""
+        works = any(step.outline.workspace_bytes for step in self.steps)
+        return works or any(tensor.raw is None for tensor in self.result.tensors.values())
 
 
 def open_base(recipe: Recipe, host: Host) -> Checkpoint:
@@ -198,8 +199,7 @@ def _paths(value: Any, key: str) -> Iterator[tuple[str, Path]]:
     elif isinstance(value, DataSettings):
         yield from _paths([path for source in value.sources if (path := Path(source)).exists()], f"{key}.source")
     elif isinstance(value, BaseModel):
-        shape = shape_of(type(value))
-        outputs = {name for name, _ in value for node in shape.at((name,), {}) if node.get("format") == "output-path"}
+        outputs = _output_keys(value)
         yield from _paths({name: item for name, item in value if name not in outputs}, key)
     elif isinstance(value, Mapping):
         for name, item in value.items():
@@ -207,6 +207,20 @@ def _paths(value: Any, key: str) -> Iterator[tuple[str, Path]]:
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
             yield from _paths(item, f"{key}[{index}]")
+
+
+def outputs_of(params: BaseModel) -> Iterator[tuple[str, Path]]:
+    """Every path that a step writes beside the output, such as a log, with its key."""
+    keys = _output_keys(params)
+    yield from ((name, value) for name, value in params if name in keys and value is not None)
+    for name, value in params:
+        if isinstance(value, BaseModel):
+            yield from ((f"{name}.{key}", path) for key, path in outputs_of(value))
+
+
+def _output_keys(params: BaseModel) -> set[str]:
+    shape = shape_of(type(params))
+    return {name for name, _ in params for node in shape.at((name,), {}) if node.get("format") == "output-path"}
 
 
 def output_patches(recipe: Recipe, checkpoint: Checkpoint, host: Host) -> list[tuple[str, Patch]]:

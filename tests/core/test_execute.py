@@ -13,6 +13,7 @@ from regraft.core.execute import ApplyOptions, Events, apply, inputs_of, prepare
 from regraft.core.operations import Value
 from regraft.core.patch import Edit, Outline, Patch
 from regraft.core.recipe.load import load_recipe
+from regraft.core.recipe.references import OutputPath
 from regraft.core.sources.folder import open_folder
 from regraft.core.tensors import MemoryTensor
 from regraft.core.transformation import Params, Transformation
@@ -26,6 +27,7 @@ NORM = "model.norm.weight"
 
 class ToyParams(Params):
     mode: str = "keep"
+    log: OutputPath | None = None
 
 
 class Toy(Transformation[ToyParams]):
@@ -139,6 +141,27 @@ def test_a_step_that_does_not_keep_its_word(mode, kind, code, words, workplace):
     for word in words:
         assert word in str(caught.value)
     assert tree(workplace).keys() == before.keys() | {"recipe.toml"}
+
+
+@pytest.mark.parametrize("log", ["out/log.jsonl", "out"])
+def test_a_log_inside_the_output_is_refused_before_anything_runs(log, workplace):
+    with pytest.raises(UsageError, match="inside the output") as caught:
+        run({"use": "toy", "mode": "raises", "log": log})
+    assert caught.value.where == "step toy: log"
+    run({"use": "toy", "log": "logs/log.jsonl"})
+
+
+def test_a_step_that_works_by_itself_computes_although_it_changes_nothing(workplace):
+    class Look(Toy):
+        def plan(self, checkpoint, params):
+            return Outline(workspace_bytes=1 if params.mode == "looks" else 0)
+
+    plugins = host_with(Look)
+    for mode, computes in (("looks", True), ("idle", False)):
+        path = write_recipe(Path("recipe.toml"), "base", {"use": "toy", "mode": mode}, path="out")
+        assert (
+            prepare(load_recipe(path, (), plugins.transformations()), plugins, ApplyOptions())[0].computes is computes
+        )
 
 
 def test_hooks_are_called_around_every_step(workplace):
