@@ -248,7 +248,19 @@ def _build(
                 remedy="install what it names, trust the checkpoint's own code, or use another base",
             ) from None
         _check(checkpoint, info)
-        return model if quantize != "none" else model.to(device)
+        return _unpacked(model) if quantize != "none" else model.to(device)
+
+
+def _unpacked(model: Any) -> Any:
+    """`model`, whose 4-bit weights keep the layout that gradients flow through.
+
+    On processors with AVX512-BF16, bitsandbytes packs them anew at the first forward pass in eval mode, for products
+    that have no gradient: a training after it would silently learn nothing from the layers below.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _quantisation(quantize: Quantize, dtype: torch.dtype) -> Any:
