@@ -73,13 +73,18 @@ class StateFolder:
         folders = sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
         if not folders:
             return None
-        facts = read_object(folders[-1] / _FACTS)
-        self._check(facts.get("identity"))
-        tensors, metadata = read_tensors(folders[-1] / _TENSORS)
         try:
-            return _state(facts, tensors) if metadata.get("step") == str(facts["step"]) else self._damaged(folders[-1])
+            facts = read_object(folders[-1] / _FACTS)
+            tensors, metadata = read_tensors(folders[-1] / _TENSORS)
+        except InputError:
+            raise _damaged(folders[-1]) from None
+        self._check(facts.get("identity"))
+        try:
+            if metadata.get("step") == str(facts["step"]):
+                return _state(facts, tensors)
         except (KeyError, TypeError, ValueError):
-            return self._damaged(folders[-1])
+            pass
+        raise _damaged(folders[-1])
 
     def save(self, state: State) -> None:
         """Write `state`, and only then remove the one before.
@@ -113,7 +118,7 @@ class StateFolder:
 
     def _check(self, saved: Any) -> None:
         if not isinstance(saved, Mapping):
-            self._damaged(self.folder)
+            raise _damaged(self.folder)
         differing = differences(saved, self.identity)
         if differing:
             shown = "; ".join(differing[:_SHOWN]) + ("; ..." if len(differing) > _SHOWN else "")
@@ -125,8 +130,9 @@ class StateFolder:
                 remedy=f"restore them, or {ANEW}",
             )
 
-    def _damaged(self, where: Path) -> State:
-        raise InputError("the saved state is damaged", where=where, remedy=ANEW)
+
+def _damaged(where: Path) -> InputError:
+    return InputError("the saved state is damaged", where=where, remedy=ANEW)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:

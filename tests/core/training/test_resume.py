@@ -151,8 +151,9 @@ def test_damaged_state(llama, tmp_path, file, damage):
         train(llama, state=tmp_path / "state", kill=3)
     (folder,) = (tmp_path / "state").iterdir()
     (folder / file).write_bytes(damage((folder / file).read_bytes()))
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="saved state is damaged") as caught:
         train(llama, state=tmp_path / "state")
+    assert "--restart" in caught.value.remedy
 
 
 def test_tensors_of_another_step(llama, tmp_path):
