@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -23,10 +22,11 @@ import textwrap
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from document import machine, write_section
 
 if TYPE_CHECKING:
     import torch
@@ -272,8 +272,8 @@ def measure(job: Job, out: Path, prefault_bytes: int) -> Sample:
     return Sample(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, usage.ru_minflt)
 
 
-def report(table: list[Job], samples: dict[Job, list[Sample]], gigabytes: float, rounds: int) -> str:
-    """docs/benchmarks.md."""
+def report(table: list[Job], samples: dict[Job, list[Sample]], gigabytes: float, rounds: int) -> list[str]:
+    """The section of docs/benchmarks.md."""
 
     def median(job: Job, field: str) -> float:
         return statistics.median(getattr(sample, field) for sample in samples[job])
@@ -281,19 +281,10 @@ def report(table: list[Job], samples: dict[Job, list[Sample]], gigabytes: float,
     copy, torch_only = table[0], table[2]
     cp, zero = median(copy, "wall"), median(torch_only, "wall")
     lines = [
-        "# Benchmarks",
-        "",
         f"A synthetic llama checkpoint, bf16, {gigabytes:.2f} GB in four shards, page cache warm. {rounds} rounds",
-        "in turn in one run, medians; written by `nox -s bench`. Ratios hold better than seconds.",
-        "T0 is a bare `import torch`.",
+        "in turn in one run, medians. T0 is a bare `import torch`.",
         "",
-        f"Machine: {cpu_model()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}. Versions: "
-        + ", ".join(
-            f"{name} {version(name)}"
-            for name in ("torch", "transformers", "peft", "mergekit", "safetensors")
-            if has(name)
-        )
-        + ".",
+        machine("torch", "transformers", "peft", "mergekit", "safetensors"),
         "",
         "| work | tool | wall s | CPU s | peak RSS MB | minor faults | x cp | (T - T0) x cp |",
         "|---|---|---|---|---|---|---|---|",
@@ -305,18 +296,7 @@ def report(table: list[Job], samples: dict[Job, list[Sample]], gigabytes: float,
             f"| {job.work} | {job.name} | {wall:.2f} | {median(job, 'cpu'):.2f} | {median(job, 'rss') / 1e6:.0f} "
             f"| {median(job, 'faults'):.0f} | {wall / cp:.2f} | {net} |"
         )
-    return "\n".join(lines) + "\n"
-
-
-def has(name: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(name) is not None
-
-
-def cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return lines
 
 
 def main() -> None:
@@ -342,8 +322,9 @@ def main() -> None:
             for job in table:
                 samples[job].append(measure(job, root / "out", PREFAULT_BYTES // (10 if options.small else 1)))
                 print(f"round {round_number + 1}: {job.work}: {job.name}: {samples[job][-1].wall:.2f} s", flush=True)
-        options.write.write_text(report(table, samples, gigabytes, options.rounds))
-        print(options.write.read_text())
+        lines = report(table, samples, gigabytes, options.rounds)
+        write_section(options.write, "Checkpoints", lines)
+        print("\n".join(lines))
 
 
 if __name__ == "__main__":
