@@ -23,6 +23,7 @@ from regraft.core.data.examples import Example, PreferenceExample
 from regraft.core.errors import ResourceError, Unsupported
 from regraft.core.training.head import Head
 from regraft.core.training.last_mlp import learnt_tokens_only
+from regraft.core.training.model import memory
 from regraft.core.training.modes import computing, reproducible, without_dropout
 
 _TOLERANCE, _LOW_TOLERANCE = 1e-4, 3e-2
@@ -93,7 +94,8 @@ class PrefixCache:
         self.starts = _starts(batches.examples)
         self.states = torch.empty(0)
         self.rest: list[tuple[Any, ...] | None] = []
-        with reproducible(self.device), torch.no_grad(), without_dropout(self.model):
+        doing = "caching the states of the frozen layers"
+        with reproducible(self.device), torch.no_grad(), without_dropout(self.model), memory(doing):
             self._fill()
             self._check()
 
@@ -188,6 +190,8 @@ class PrefixCache:
             with computing(self.device.type, self.precision):
                 whole = self.whole.label_losses(batch, reduction="none").double()
                 ours = self.head.label_losses(batch, reduction="none").double()
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise _unfit(f"the layers above do not run alone: {str(error).splitlines()[0]}") from None
         finally:

@@ -13,7 +13,7 @@ from regraft.core.patch import Edit, Outline, Patch
 from regraft.core.residual_bias import bake_residual_biases
 from regraft.core.specs import TensorSpec
 from regraft.core.tensors import MemoryTensor, PromisedTensor
-from regraft.core.training.footprint import training_bytes
+from regraft.core.training.footprint import model_bytes, state_bytes, training_bytes
 from regraft.core.transformation import Run
 from regraft.plugins.lofit.aim import Aim
 from regraft.plugins.lofit.params import LofitParams
@@ -37,6 +37,7 @@ def lofit_outline(checkpoint: Checkpoint, params: LofitParams) -> Outline:
         Outline.of(_promised(checkpoint, params, aim)),
         notes=_plan_notes(params, aim),
         workspace_bytes=_memory(checkpoint, params, aim),
+        scratch_bytes=state_bytes(_learning(aim)),
     )
 
 
@@ -114,12 +115,18 @@ def _prefix_notes(reason: object, params: LofitParams) -> tuple[str, ...]:
 
 
 def _memory(checkpoint: Checkpoint, params: LofitParams, aim: Aim) -> int:
-    """Of the training, and of the prefix cache as far as the data's size bounds it."""
+    """Of the training, the model as it is held while it loads, and the prefix cache as far as the data bounds it."""
     rows = (params.micro_batch or params.batch_size) * (2 if params.task == "dpo" else 1)
     tokens = rows * (params.data.max_tokens or _TOKENS)
-    trained = max(len(aim.layers) * aim.units, aim.count) * aim.architecture.head_dim
     cache = 0 if params.prefix_cache == "off" else min(params.prefix_bytes, _state_bytes(params, aim))
-    return training_bytes(checkpoint, trained, tokens=tokens) + cache
+    halved = params.frozen == "bfloat16" or (params.frozen != "float32" and params.precision == "bfloat16")
+    smaller = model_bytes(checkpoint) // 2 if halved else 0
+    return training_bytes(checkpoint, _learning(aim), tokens=tokens) + cache - smaller
+
+
+def _learning(aim: Aim) -> int:
+    """Numbers that learn in the stage that has more of them."""
+    return max(len(aim.layers) * aim.units, aim.count) * aim.architecture.head_dim
 
 
 def _state_bytes(params: LofitParams, aim: Aim) -> int:
