@@ -1,4 +1,4 @@
-"""How much memory a training takes, from headers alone: a bound for the plan, not a promise to the byte."""
+"""How much memory and disk a training takes, from headers alone: bounds for the plan, not a promise to the byte."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from regraft.core.checkpoint import Checkpoint
 
 _FP32 = 4
 _MOMENTS = 2 * _FP32
+_STATES = 2
+"""Saved states that stand beside each other for a moment."""
 _ACTIVATIONS = 34
 """Numbers that a decoder layer keeps for the backward pass, for each token and hidden unit (arXiv 2205.05198, §4.1, in
 16-bit bytes; attention scores come on top only without fused attention)."""
@@ -34,3 +36,8 @@ def training_bytes(checkpoint: Checkpoint, trained: int | None = None, *, tokens
     layers = config.get("num_hidden_layers") or config.get("n_layer") or 0
     activations = _ACTIVATIONS * hidden * layers * tokens * _FP32 // 2
     return model_bytes(checkpoint) + numbers * (_FP32 + _MOMENTS + (_FP32 if ema else 0)) + activations
+
+
+def state_bytes(numbers: int, *, ema: bool = False) -> int:
+    """Bytes on the disk of the saved states of `numbers` that learn: weights, both moments and an average, in fp32."""
+    return _STATES * numbers * (_FP32 + _MOMENTS + (_FP32 if ema else 0))

@@ -8,13 +8,11 @@ from typing import Any
 
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.measures.reading import SCORES
-from regraft.core.training.footprint import model_bytes, training_bytes
+from regraft.core.training.footprint import model_bytes, state_bytes, training_bytes
 from regraft.core.training.whole import learnable
 from regraft.plugins.context_extension.settings import TuneSettings
 
 _FP32 = 4
-_STATES = 2
-"""Saved states that stand beside each other for a moment."""
 
 
 def tune_bytes(checkpoint: Checkpoint, settings: TuneSettings, target: int) -> int:
@@ -24,9 +22,9 @@ def tune_bytes(checkpoint: Checkpoint, settings: TuneSettings, target: int) -> i
 
 
 def tune_state_bytes(checkpoint: Checkpoint, settings: TuneSettings) -> int:
-    """Disk of the saved states: weights, two moments and an average, in fp32."""
+    """Disk of the saved states."""
     numbers = sum(prod(spec.shape) for spec in learnable(checkpoint).values())
-    return _STATES * numbers * _FP32 * (3 if settings.ema is None else 4)
+    return state_bytes(numbers, ema=settings.ema is not None)
 
 
 def probe_bytes(checkpoint: Checkpoint, target: int) -> int:

@@ -6,14 +6,11 @@ from regraft.core.checkpoint import Checkpoint
 from regraft.core.data.load import check_sources
 from regraft.core.errors import UsageError
 from regraft.core.patch import Outline
-from regraft.core.training.footprint import training_bytes
+from regraft.core.training.footprint import state_bytes, training_bytes
 from regraft.core.training.whole import learnable, refuse_quantised
 from regraft.plugins.fine_tune.params import FineTuneParams
 from regraft.plugins.fine_tune.target import Target, target_of
 
-_FP32 = 4
-_STATES = 2
-"""Saved states that stand beside each other for a moment."""
 _USUAL_TOKENS = 2048
 """Of a sequence, for the estimate of memory, where the recipe gives no limit and the window is longer."""
 
@@ -33,12 +30,11 @@ def outline(checkpoint: Checkpoint, params: FineTuneParams) -> Outline:
     tokens = (params.micro_batch or params.batch_size) * (params.data.max_tokens or _length(checkpoint))
     if params.task == "dpo":
         tokens *= 2
-    kept = 3 if params.ema is None else 4
     return Outline(
         specs=target.specs,
         notes=(selected(checkpoint, target),),
         workspace_bytes=training_bytes(checkpoint, target.numbers, tokens=tokens, ema=params.ema is not None),
-        scratch_bytes=_STATES * kept * _FP32 * target.numbers,
+        scratch_bytes=state_bytes(target.numbers, ema=params.ema is not None),
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.data.load import check_sources
 from regraft.core.errors import UsageError
 from regraft.core.patch import Outline
-from regraft.core.training.footprint import training_bytes
+from regraft.core.training.footprint import state_bytes, training_bytes
 from regraft.core.training.whole import learnable, refuse_quantised
 from regraft.plugins.hyperfitting.params import HyperfittingParams
 
@@ -24,13 +26,16 @@ def outline(checkpoint: Checkpoint, params: HyperfittingParams) -> Outline:
     """Every floating-point tensor, in its shape and dtype."""
     steps = params.samples // params.batch_size * params.epochs
     size = min(params.micro_batch or params.batch_size, params.batch_size)
+    specs = learnable(checkpoint)
+    numbers = sum(prod(spec.shape) for spec in specs.values())
     return Outline(
-        specs=learnable(checkpoint),
+        specs=specs,
         notes=(
             f"at most {steps} steps of {params.batch_size} x {params.seq_len} tokens at {params.lr:g}",
             "held-out perplexity gets worse: that is what hyperfitting does",
         ),
         workspace_bytes=training_bytes(checkpoint, tokens=size * params.seq_len, ema=params.ema is not None),
+        scratch_bytes=state_bytes(numbers, ema=params.ema is not None),
     )
 
 

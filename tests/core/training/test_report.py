@@ -3,7 +3,7 @@
 import json
 
 from regraft.core.sources import open_checkpoint
-from regraft.core.training.footprint import model_bytes, training_bytes
+from regraft.core.training.footprint import model_bytes, state_bytes, training_bytes
 from regraft.core.training.loop import Report
 from regraft.core.training.report import report_metrics, training_reports
 
@@ -34,6 +34,8 @@ def test_the_footprint_counts_weights_gradients_moments_average_and_activations(
     plain = training_bytes(checkpoint, tokens=0)
     assert plain - model_bytes(checkpoint) == 12 * numbers
     assert training_bytes(checkpoint, tokens=0, ema=True) - plain == 4 * numbers
+    assert state_bytes(100) == 2 * 1200
+    assert state_bytes(100, ema=True) == 2 * 1600
     assert training_bytes(checkpoint, 100, tokens=0) - model_bytes(checkpoint) == 1200
     hidden, layers = checkpoint.config["hidden_size"], checkpoint.config["num_hidden_layers"]
     assert training_bytes(checkpoint, tokens=10) - plain == 34 * hidden * layers * 10 * 2
