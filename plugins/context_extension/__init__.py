@@ -2,7 +2,8 @@
 
 Entropy-ABF: Zhang et al., Extending LLMs' Context Window with 100 Samples (arXiv 2401.07004), sections 3.2 and 4,
 Table 1; reference repository GAIR-NLP/Entropy-ABF. Position interpolation: Chen et al. (2306.15595). YaRN: Peng et al.
-(2309.00071), whose section 3.1 also derives the NTK-aware base b · s^(d / (d - 2)).
+(2309.00071), whose section 3.1 also derives the NTK-aware base b · s^(d / (d - 2)). LM-Infinite: Han et al.
+(2308.16137); see `lm_infinite`.
 
 Deviations. c is the model's own window, not the 4096 of the reference code. The reference code means to exempt two
 layers and scales all: `skip_layers` is 2 with remote-code, as the paper says, and 0 gives what the code does. `native`
@@ -27,9 +28,12 @@ class ContextExtension(Transformation[ContextExtensionParams]):
     """Extends the context window of a model with rotary positions, and fine-tunes and measures it where asked to."""
 
     name = "context-extension"
-    summary = "Extend the context window: entropy-aware ABF, ABF, position interpolation, NTK-aware base, YaRN."
-    paper = "Zhang et al. 2024, arXiv 2401.07004; Chen et al. 2023, 2306.15595; Peng et al. 2023, 2309.00071"
-    loads_with = "stock transformers (export remote-code: transformers with trust_remote_code=True)"
+    summary = "Extend the context window: entropy-aware ABF, ABF, position interpolation, NTK, YaRN, LM-Infinite."
+    paper = (
+        "Zhang et al. 2024, arXiv 2401.07004; Chen et al. 2023, 2306.15595; Peng et al. 2023, 2309.00071; "
+        "Han et al. 2023, 2308.16137"
+    )
+    loads_with = "stock transformers (export remote-code, lm-infinite: transformers with trust_remote_code=True)"
     Params = ContextExtensionParams
 
     def check(self, checkpoint: Checkpoint, params: ContextExtensionParams) -> None:

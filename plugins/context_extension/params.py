@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from regraft.core.transformation import Params
 from regraft.plugins.context_extension.settings import ProbeSettings, TuneSettings
 
-Method = Literal["entropy-abf", "abf", "linear", "ntk", "yarn"]
+Method = Literal["entropy-abf", "abf", "linear", "ntk", "yarn", "lm-infinite"]
 Export = Literal["native", "remote-code", "abf-only"]
 
 _ONLY = {
@@ -20,6 +20,9 @@ _ONLY = {
     "attention_factor": ("yarn",),
     "beta_fast": ("yarn",),
     "beta_slow": ("yarn",),
+    "local_branch": ("lm-infinite",),
+    "global_branch": ("lm-infinite",),
+    "limit_distance": ("lm-infinite",),
 }
 """Parameters that only some methods have, and those methods."""
 
@@ -32,8 +35,8 @@ class ContextExtensionParams(Params):
     method: Method = Field(
         "entropy-abf",
         description="How positions beyond the window become usable: entropy-abf (larger base, and a logit scale that "
-        "grows with the position), abf (larger base alone), linear (position interpolation), ntk (NTK-aware base) "
-        "or yarn.",
+        "grows with the position), abf (larger base alone), linear (position interpolation), ntk (NTK-aware base), "
+        "yarn, or lm-infinite (code in the checkpoint: recent and first tokens alone are seen; nothing is trained).",
     )
     target_length: int = Field(gt=1, description="The context length to extend to, in tokens.")
     original_length: int | None = Field(
@@ -80,6 +83,13 @@ class ContextExtensionParams(Params):
     beta_slow: Positive | None = Field(
         None, description="yarn: pairs that turn less often than this are interpolated. Default: 1."
     )
+    local_branch: int | None = Field(
+        None, gt=1, description="lm-infinite: so many last tokens are seen as ever. Default: original_length."
+    )
+    global_branch: int = Field(100, ge=1, description="lm-infinite: so many first tokens are always seen.")
+    limit_distance: int | None = Field(
+        None, ge=1, description="lm-infinite: how far away they then seem to be. Default: local_branch."
+    )
     tune: TuneSettings | None = Field(
         None,
         description="Fine-tune all weights afterwards, under the scale that is exported. { data = 'long.jsonl' } is "
@@ -124,6 +134,16 @@ class ContextExtensionParams(Params):
         lengths = self.probing.lengths_for(self.target_length) if self.probing else ()
         if lengths and max(lengths) > self.target_length:
             raise ValueError(f"probe.lengths go beyond target_length ({self.target_length}): lower {max(lengths)}")
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_what_lm_infinite_lacks(self) -> Self:
+        if self.method == "lm-infinite" and self.tune is not None:
+            raise ValueError("lm-infinite changes no weights and needs no fine-tune: remove tune")
+        if self.method == "lm-infinite" and self.probing is not None and self.probing.entropy:
+            raise ValueError(
+                "the attention entropy of lm-infinite cannot be measured: write probe = { entropy = false }"
+            )
         return self
 
     @model_validator(mode="after")

@@ -67,7 +67,11 @@ def figure_notes(figures: Mapping[str, Any]) -> list[str]:
     """The figures that decide whether the result is what was wanted, in words."""
     base = f"base {figures['rope_theta_before']:.10g} -> {figures['rope_theta']:.10g}"
     turns = f"{figures['longest_wavelength_before']:.0f} -> {figures['longest_wavelength']:.0f} positions"
-    notes = [f"context {figures['original_length']} -> {figures['target_length']}, {base}, longest wavelength {turns}"]
+    length = f"context {figures['original_length']} -> {figures['target_length']}"
+    if "local_branch" in figures:
+        first = f"the first {figures['global_branch']} as if they were {figures['limit_distance']} away"
+        return [f"{length}: a token sees the last {figures['local_branch']} tokens, and {first}"]
+    notes = [f"{length}, {base}, longest wavelength {turns}"]
     if "logit_scale_at" in figures:
         scales = ", ".join(f"{scale:.3f} at {multiple}" for multiple, scale in figures["logit_scale_at"].items())
         notes.append(f"logits beyond the old window are scaled by {scales}")

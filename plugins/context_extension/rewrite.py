@@ -12,6 +12,7 @@ from regraft.core.data.load import check_sources
 from regraft.core.errors import InputError, Unsupported, UsageError
 from regraft.core.jsonio import difference
 from regraft.core.patch import Outline, Patch, overlay
+from regraft.core.portable_code import CodePatch
 from regraft.core.training.whole import learnable, refuse_quantised
 from regraft.plugins.context_extension.cost import probe_bytes, tune_bytes, tune_state_bytes
 from regraft.plugins.context_extension.exports import (
@@ -23,11 +24,13 @@ from regraft.plugins.context_extension.exports import (
 )
 from regraft.plugins.context_extension.families import RotaryFamily, family_of, windows_of
 from regraft.plugins.context_extension.fold import fold_logit_scale
+from regraft.plugins.context_extension.lm_infinite import branches, check_lm_infinite, lm_infinite_code
 from regraft.plugins.context_extension.params import ContextExtensionParams
 from regraft.plugins.context_extension.report import figure_notes, figures_of, native_slope
 from regraft.plugins.context_extension.rope import Rope, extended, read_rope, text_config, written
 
 _ROTARY_LEFTOVER = "rotary_emb.inv_freq"
+_LOADS = "load with trust_remote_code=True; without it transformers refuses, rather than dropping the method"
 _NEEDS_TUNING = {
     "entropy-abf": "the paper fine-tunes for 6 steps on 100 long samples after the change",
     "abf": "a larger base is meant to be followed by a short fine-tune",
@@ -68,6 +71,10 @@ def extend(checkpoint: Checkpoint, params: ContextExtensionParams) -> Extension:
     original = _original_length(text, before, params)
     _check_lengths(text, original, params.target_length)
     window_notes = _window_notes(family, text, params)
+    if params.method == "lm-infinite":
+        check_lm_infinite(checkpoint, family, text, before, params)
+        branches(params, original)
+        return Extension(family, text, before, before, original, ())
     after, notes = extended(before, family, params, original)
     if params.scales_logits and params.export == "native":
         check_native(checkpoint, family, before, original)
@@ -124,19 +131,21 @@ def make_patch(checkpoint: Checkpoint, params: ContextExtensionParams) -> Patch:
         {},
         figures_of(extension.before, extension.after, extension.original, params),
     )
-    if params.scales_logits and params.export == "native":
+    if params.method == "lm-infinite":
+        sizes = branches(params, extension.original)
+        code = lm_infinite_code(str(checkpoint.config["model_type"]), extension.family, sizes)
+        text, files = with_code(text, code), dict(code.files)
+        figures |= dict(zip(("local_branch", "global_branch", "limit_distance"), sizes, strict=True))
+        notes.append(_LOADS)
+    elif params.scales_logits and params.export == "native":
         text = native_config(text, extension.original, native_slope(params, extension.original))
         notes += native_notes(checkpoint)
     elif params.scales_logits:
         code = remote_code(
             str(checkpoint.config["model_type"]), extension.family, extension.original, params.layers_skipped
         )
-        auto_map = {**(text.get("auto_map") or {}), **code.config["auto_map"]}
-        text |= {**code.config, "auto_map": auto_map}
-        files = dict(code.files)
-        notes.append(
-            "load with trust_remote_code=True; without it transformers refuses, rather than dropping the scale"
-        )
+        text, files = with_code(text, code), dict(code.files)
+        notes.append(_LOADS)
     config = {**checkpoint.config, extension.family.nested: text} if extension.family.nested else text
     edits = {} if params.logit_scale is None else fold_logit_scale(checkpoint, params.logit_scale)
     if params.method in _NEEDS_TUNING and params.tune is None:
@@ -153,6 +162,12 @@ def make_patch(checkpoint: Checkpoint, params: ContextExtensionParams) -> Patch:
         metrics=figures,
         notes=(*figure_notes(figures), *notes),
     )
+
+
+def with_code(text: Mapping[str, Any], code: CodePatch) -> dict[str, Any]:
+    """The text model's config with the keys that name its code; other entries of `auto_map` stay."""
+    auto_map = {**(text.get("auto_map") or {}), **code.config["auto_map"]}
+    return {**text, **code.config, "auto_map": auto_map}
 
 
 def _original_length(text: Mapping[str, Any], rope: Rope, params: ContextExtensionParams) -> int:
