@@ -20,6 +20,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -117,9 +118,17 @@ def fourier_nll(
 
 def phases(labels: torch.Tensor, count: int, bins: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin [T, count] of π l z_y for bins y [T] and l = 0 .. count - 1, from a table of 2m exact angles."""
-    table = torch.arange(2 * bins, device=labels.device, dtype=torch.float64) * (math.pi / bins)
+    cos, sin = _table(bins, dtype, labels.device)
     places = torch.outer(2 * labels + 1 - bins, torch.arange(count, device=labels.device)).remainder_(2 * bins)
-    return table.cos().to(dtype)[places], table.sin().to(dtype)[places]
+    return cos[places], sin[places]
+
+
+@lru_cache(maxsize=16)
+def _table(bins: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of all multiples of π / m; made once, since 2m of them cost as much as 64 rows of sums."""
+    with torch.inference_mode(False):
+        angles = torch.arange(2 * bins, device=device, dtype=torch.float64) * (math.pi / bins)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def check(coefficients: torch.Tensor, bins: int, floor: float) -> None:

@@ -159,7 +159,7 @@ def test_memory_is_that_of_the_coefficients():
     coefficients, labels = operands(64, 32, 4096, ignored=False)
     with Largest() as one:
         fourier_nll(coefficients, labels, 4096).backward()
-    assert one.numbers <= max(2 * 64 * 32, 2 * 2 * 4096)  # places of 8 bytes; the table in float64
+    assert one.numbers <= max(2 * 64 * 32, 2 * 2 * 4096)  # places of 8 bytes; the table, made in float64
     with Largest() as every:
         fourier_logits(coefficients, 4096).sum().backward()
     assert every.numbers <= 4 * 64 * 4096
