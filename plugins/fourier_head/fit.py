@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -26,6 +27,7 @@ from regraft.core.training.trained import trained_patch
 from regraft.core.training.weights import Trainable, select
 from regraft.core.training.whole import completed
 from regraft.core.transformation import Run
+from regraft.plugins.fourier_head.adapters import Adapters, places
 from regraft.plugins.fourier_head.export import Aim
 from regraft.plugins.fourier_head.loss import FollowLoss, Learner, TokenLoss
 from regraft.plugins.fourier_head.params import FourierHeadParams, LearnSettings
@@ -59,7 +61,13 @@ def fit(checkpoint: Checkpoint, staged: Checkpoint, patch: Patch, params: Fourie
             objective = FollowLoss(learner, rows)
         trainable = select(model, None if learn.weights == "full" else _of_the_head(model))
         names |= set(trainable)
-        figures[stage], more = _stage(stage, staged, learner, learn, objective, trainable, tokenizer, run)
+        with ExitStack() as stack:
+            if learn.weights == "lora":
+                adapters = Adapters(model, places(aim.architecture), learn.rank, run.seed_for(f"{stage} adapters"))
+                stack.callback(adapters.merge)
+                stack.enter_context(adapters.attached())
+                trainable, names = trainable | adapters.trainable, names | set(adapters.parameters)
+            figures[stage], more = _stage(stage, staged, learner, learn, objective, trainable, tokenizer, run)
         reports |= more
     learnt = trained_patch(staged, model, sorted(names))
     if any(learn is not None and learn.weights == "full" for learn in (params.calibrate, params.train)):

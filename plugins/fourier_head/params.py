@@ -21,7 +21,9 @@ class LearnSettings(Params):
 
     Args:
         data: texts, or prompts with completions.
-        weights: `head`, the coefficients and the gate; `full`, everything.
+        weights: `head`, the coefficients and the gate; `lora`, these and low-rank adapters of queries and values,
+            merged in the end; `full`, everything.
+        rank: of the adapters.
         target: `labels`, the tokens of the data; `base`, at every position what the head before predicted there.
         epochs, steps: passes over the data, and the most steps.
         batch_size, micro_batch: sequences of a step, and those computed at once.
@@ -35,7 +37,8 @@ class LearnSettings(Params):
     """
 
     data: Data
-    weights: Literal["head", "full"] = "head"
+    weights: Literal["head", "lora", "full"] = "head"
+    rank: Count = 8
     target: Literal["labels", "base"] = "labels"
     epochs: Count = 1
     steps: Count | None = None

@@ -17,6 +17,7 @@ from regraft.core.tensors import MemoryTensor
 from regraft.core.training.footprint import state_bytes, training_bytes
 from regraft.core.training.whole import learnable, refuse_quantised
 from regraft.core.transformation import Run
+from regraft.plugins.fourier_head.adapters import places
 from regraft.plugins.fourier_head.export import Aim, without_tensors
 from regraft.plugins.fourier_head.params import FourierHeadParams, LearnSettings
 
@@ -28,6 +29,7 @@ TOKENS = 512
 """Of a sequence, for the memory that the plan names where `max_tokens` does not say."""
 
 _ORDINAL = 0.5
+_WEIGHTS = {"head": "the head", "lora": "the head, and adapters of queries and values", "full": "all weights"}
 
 
 @dataclass(frozen=True)
@@ -141,13 +143,16 @@ def outline(checkpoint: Checkpoint, params: FourierHeadParams) -> Outline:
         if learn.weights == "full":
             kept = {key: spec for key, spec in checkpoint.specs.items() if key not in patch.removals}
             specs = {key: spec for key, spec in learnable(checkpoint).items() if key in kept} | specs
+        elif learn.weights == "lora":
+            specs = {key: checkpoint.specs[key] for key in places(aim.architecture)} | specs
         tokens = (learn.micro_batch or learn.batch_size) * (learn.data.max_tokens or TOKENS)
         own = specs if learn.weights == "full" else {key: spec for key, spec in specs.items() if key in _learnt(specs)}
         trained = sum(math.prod(spec.shape) for spec in own.values())
+        if learn.weights == "lora":
+            trained += sum(learn.rank * sum(checkpoint.specs[key].shape) for key in places(aim.architecture))
         memory = max(memory, training_bytes(checkpoint, trained, tokens=tokens))
         disk = max(disk, state_bytes(trained))
-        weights = "the head" if learn.weights == "head" else "all weights"
-        notes.append(f"{name}: {weights}, at most {learn.epochs} epochs, lr {learn.lr:g}")
+        notes.append(f"{name}: {_WEIGHTS[learn.weights]}, at most {learn.epochs} epochs, lr {learn.lr:g}")
     return replace(Outline.of(patch), specs=specs, notes=tuple(notes), workspace_bytes=memory, scratch_bytes=disk)
 
 

@@ -13,6 +13,8 @@ from regraft.core.errors import InputError, UsageError
 from regraft.core.patch import overlay
 from regraft.core.transformation import Run
 from regraft.plugins.fourier_head import FourierHead
+from regraft.plugins.fourier_head import fit as fitting
+from regraft.plugins.fourier_head.adapters import places
 from regraft.plugins.fourier_head.export import Aim
 from regraft.plugins.fourier_head.loss import FollowLoss, Learner, TokenLoss
 from regraft.plugins.fourier_head.math import normalised_penalty
@@ -154,6 +156,32 @@ def test_training_everything(data, tmp_path):
     assert figures["final_loss"] < figures["first_loss"]
     model = Run("head").model(after, trust_remote_code=True)
     assert model(torch.tensor([[20, 21]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+def test_adapters_of_attention(family, data, tmp_path, monkeypatch):
+    """Separate, fused and transposed projections: what is stored computes what was measured at the end."""
+    before, measured = base(tmp_path / "base", family), fitting._measured
+    calls = []
+    monkeypatch.setattr(fitting, "_measured", lambda *given: calls.append(given) or measured(*given))
+    learn = {"data": data, "weights": "lora", "rank": 2, "epochs": 4, "batch_size": 10, "lr": 0.01, "held_out": 0.2}
+    learn["precision"] = "float32"  # bfloat16 would round adapters and merged weights differently
+    after, patch = applied(before, train=learn)
+    figures = patch.metrics["train"]
+    assert figures["held_out_after"]["loss"] < figures["held_out_before"]["loss"]
+    (start, _), aim = applied(before), Aim.of(before, params())
+    adapted = places(aim.architecture)
+    for name in adapted:
+        delta = (after.load(name) - start.load(name)).double()
+        assert torch.linalg.matrix_rank(delta, rtol=1e-4) == 2, name
+    changed = {name for name in after.specs if not torch.equal(after.load(name), start.load(name))}
+    assert changed == {
+        *adapted,
+        *(name for name in after.specs if name.startswith(("lm_head.gate", "lm_head.fourier"))),
+    }
+    stored = TokenLoss(Learner(Run("after").model(after, trust_remote_code=True), grid_of(aim, params())))
+    loss = measured(stored, *calls[0][1:])["loss"]
+    assert loss == pytest.approx(figures["held_out_after"]["loss"], rel=1e-4)
 
 
 def test_an_interrupted_training_goes_on(data, tmp_path, monkeypatch):
