@@ -76,6 +76,7 @@ def e2e(session):
     """A recipe on a real model (SmolLM2-135M from a wheel), reloaded without regraft. `-- short` for CI."""
     install(session, "tests")
     session.run("python", "tests/end_to_end/smollm2.py", *session.posargs, env=ONE_THREAD)
+    session.run("python", "tests/end_to_end/smollm2_eval.py", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session

@@ -205,31 +205,29 @@ def test_the_export_works_without_regraft_and_not_without_its_code(exported: Any
 
 
 def test_perplexity_stays_where_the_plain_model_diverges(tmp_path: Path) -> None:
-    """demo:tiny knows 256 tokens; the text of 4096 is its own, drawn in pieces that it can oversee."""
+    """demo:tiny knows 256 tokens; two books of the Bible have 5718 of its own."""
+    from importlib.resources import files
+
     from regraft.core.demo import TINY
     from regraft.core.loaded import opened
 
     made = extend(Path(TINY), tmp_path / "out", method="lm-infinite", target_length=4096)
-    plain = opened("demo:tiny", device="cpu", dtype="float32").load().model
+    stock = opened("demo:tiny", device="cpu", dtype="float32").load()
     ours = opened(str(made.folder), device="cpu", dtype="float32", trust_remote_code=True).load().model
-    torch.manual_seed(0)
-    begin = torch.zeros(20, 1, dtype=torch.int64)
-    drawn = plain.generate(
-        begin, attention_mask=torch.ones_like(begin), do_sample=True, top_k=0, top_p=0.95, max_new_tokens=205,
-        min_new_tokens=205,
-    )  # fmt: skip
-    text = torch.cat([begin[0], drawn[:, 1:].flatten()])[None, :4096]
+    books = files("regraft.recipes").joinpath("ruth-and-jonah.txt").read_text()
+    plain, begin = stock.model, torch.zeros(16, 1, dtype=torch.int64)
+    text = torch.tensor([[0, *stock.tokenizer(books, add_special_tokens=False)["input_ids"]]])[:, :4096]
 
     def loss(model: Any, tokens: torch.Tensor) -> torch.Tensor:
         log_p = logits(model, tokens, use_cache=False)[:, :-1].log_softmax(-1)
         return -log_p.gather(2, tokens[:, 1:, None])[..., 0]
 
-    windows = torch.cat([begin[:16], text[0, 1:4081].view(16, 255)], 1)
+    windows = torch.cat([begin, text[0, 1:4081].view(16, 255)], 1)
     inside = loss(plain, windows).mean().exp()
     for length in (1024, 4096):
         beyond, lost = (loss(model, text[:, :length])[:, 256:].mean().exp() for model in (ours, plain))
         assert beyond < 1.5 * inside
-        assert lost > 3 * inside
+        assert lost > 2 * inside
 
 
 @pytest.mark.parametrize(
