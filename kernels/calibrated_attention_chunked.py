@@ -24,8 +24,8 @@ import torch
 PIECE_ELEMENTS = 1 << 20
 """Weights of a piece, all heads together: 4 MB in fp32, or 32 rows."""
 
-_TOO_LITTLE, _CANCELS = 1e-20, 1e-3
-"""Where less than this is left beside the sinks it is summed anew: 1 - s has lost its digits."""
+_TOO_LITTLE, _CANCELS = 1e-20, 0.03
+"""Where less than the second is left beside the sinks it is summed anew: 1 - s has lost its digits."""
 
 
 class Calibration(NamedTuple):
