@@ -81,6 +81,8 @@ def _write(written: Generation, *, show: bool) -> bool:
 def _stdin() -> str:
     from regraft.core.errors import InputError
 
+    if sys.stdin is None:  # closed by whoever started us
+        return ""
     try:
         text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:

@@ -61,7 +61,7 @@ def _mean(ledger: Ledger) -> Sample:
 
 
 def _check(subject: Loaded, base: Loaded, theirs: Sequence[Any], ours: Sequence[Any]) -> None:
-    rows = [one.model.get_output_embeddings().weight.shape[0] for one in (subject, base)]
+    rows = [_rows(one) for one in (subject, base)]
     if rows[0] != rows[1] or [list(text.ids) for text in ours] != [list(ids) for ids in theirs]:
         raise Unsupported(
             "the two models predict different tokens, so their predictions cannot be compared",
@@ -70,6 +70,12 @@ def _check(subject: Loaded, base: Loaded, theirs: Sequence[Any], ours: Sequence[
             found=f"{rows[0]} and {rows[1]} rows" if rows[0] != rows[1] else "other tokens",
             remedy="compare bits per byte instead, with --task perplexity:DATA",
         )
+
+
+def _rows(one: Loaded) -> int:
+    """Tokens that a model can predict."""
+    weight = getattr(one.model.get_output_embeddings(), "weight", None)
+    return int(one.model.config.get_text_config().vocab_size if weight is None else weight.shape[0])
 
 
 def _predictions(subject: Loaded, base: Loaded, window: Window) -> tuple[list[float], list[float]]:

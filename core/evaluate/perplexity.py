@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from regraft.core.errors import Unsupported
+from regraft.core.errors import InputError, Unsupported
 from regraft.core.evaluate.metric import Curve, Measured, Measuring, Metric
 from regraft.core.evaluate.sample import Sample
 from regraft.core.evaluate.texts import TextParams, Window, check_texts, read_texts, start_token, window_of, windows
@@ -55,6 +55,10 @@ class Perplexity(Metric[TextParams]):
                 some = own[number : number + measuring.batch_size]
                 for window, losses in zip(some, token_losses(subject, some), strict=True):
                     ledger.add(text, window, losses)
+        if not ledger.tokens:
+            raise InputError(
+                "no token of the data has another before it", where=", ".join(params.data), remedy="give longer texts"
+            )
         return Measured(
             ledger.samples(),
             {"texts": len(texts), "tokens": ledger.tokens, "bytes": ledger.bytes, "window": size,

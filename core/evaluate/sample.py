@@ -123,7 +123,7 @@ def compare(model: Sample, base: Sample | None = None, *, seed: int = 0, draws: 
     """The figure with its interval, and against the base on the same draws.
 
     Args:
-        model: at least one unit.
+        model: without a unit there is no figure, but NaN.
         base: of the base, on the same units.
         seed: of the draws: the same data and seed give the same intervals.
         draws: how many.
@@ -131,6 +131,9 @@ def compare(model: Sample, base: Sample | None = None, *, seed: int = 0, draws: 
     import numpy
 
     keys = list(dict.fromkeys([*model.keys, *(base.keys if base is not None else ())]))
+    if not keys:
+        nothing = Estimate(math.nan, None, None)
+        return Comparison(0, nothing) if base is None else Comparison(0, nothing, nothing, nothing)
     samples = [one.aligned(keys) for one in (model, base) if one is not None]
     random, size = numpy.random.default_rng(seed), max(1, _CELLS // len(keys))
     found: list[list[Values]] = [[] for _ in samples]

@@ -99,8 +99,8 @@ def _words(text: str) -> tuple[str, dict[str, str]]:
             "the task cannot be read", where=f"--task {text}", found=error, remedy="close the quote"
         ) from None
     head, *rest = words or [""]
-    name, colon, source = head.partition(":")
-    given = {_DATA: source} if colon else {}
+    name, _, source = head.partition(":")
+    given = {_DATA: source} if source else {}
     for word in rest:
         key, equals, value = word.partition("=")
         if not equals or key in given:

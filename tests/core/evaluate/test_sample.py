@@ -47,3 +47,4 @@ def test_the_seed_decides_and_one_unit_has_no_interval():
     assert compare(sample, seed=1, draws=5000).model.low == pytest.approx(compare(sample, seed=1).model.low, abs=0.1)
     alone = compare(Sample.mean({"a": 2.0})).model
     assert (alone.value, alone.low, alone.high) == (2.0, None, None)
+    assert math.isnan(compare(Sample.mean({}), Sample.mean({})).difference.value)

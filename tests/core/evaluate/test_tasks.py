@@ -69,6 +69,7 @@ def test_tasks_have_names_data_parameters_and_ids_of_their_own(tmp_path):
     [
         ("perplexty:a.txt", 'did you mean "perplexity"?'),
         ("perplexity", "write perplexity:DATA"),
+        ("perplexity:", "write perplexity:DATA"),
         ("perplexity:missing.txt", "no such file"),
         ("passkey windw=3", "no such parameter"),
         ("passkey sample=3", 'did you mean "samples"?'),
