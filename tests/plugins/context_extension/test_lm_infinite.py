@@ -135,7 +135,7 @@ def test_pieces_padding_and_batches_change_nothing(family: str, exported: Any) -
     for options in ({}, {"position_ids": places}):
         left = logits(model, torch.cat([padding, text[:1]], 1), attention_mask=mask, **options)
         assert close(left[:, 9:], full[:1])
-    right = logits(model, torch.cat([text[:1], padding], 1), attention_mask=mask.flip(1))
+    right = logits(model, torch.cat([text[:1], padding], 1), attention_mask=mask.flip(1).bool())
     assert close(right[:, :-9], full[:1])
 
 
@@ -184,6 +184,8 @@ def test_other_caches_masks_and_attention_functions_are_refused_in_words(exporte
         model(ids(5), use_cache=True).past_key_values.layers[0].crop(2)
     with pytest.raises(ValueError, match=r"attention_mask of \[batch, tokens\]"):
         model(ids(5), attention_mask=torch.ones(1, 1, 5, 5))
+    with pytest.raises(ValueError, match="attention_mask is for 4 tokens"):
+        model(ids(5), attention_mask=torch.ones(1, 4))
     with pytest.raises(ValueError, match="this checkpoint has regraft_lm_infinite"):
         load(folder, trust_remote_code=True, attn_implementation="eager")
 
