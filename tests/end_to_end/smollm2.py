@@ -25,7 +25,7 @@ WINDOW, TARGET = 8192, 16384
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS, RANK = 576, 9, 3, 64, 30, 8
 
 
-def shell(*command: object, code: int = 0, timeout: int = 900) -> str:
+def shell(*command: object, code: int = 0, timeout: int = 1800) -> str:
     """Run a command; its standard output. Any other exit code than `code` ends the campaign."""
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=timeout, check=False)
     if done.returncode != code:
