@@ -77,6 +77,7 @@ def e2e(session):
     install(session, "tests")
     session.run("python", "tests/end_to_end/smollm2.py", *session.posargs, env=ONE_THREAD)
     session.run("python", "tests/end_to_end/smollm2_eval.py", *session.posargs, env=ONE_THREAD)
+    session.run("python", "tests/end_to_end/smollm2_training.py", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
 
 
 @nox.session
@@ -88,9 +89,10 @@ def faults(session):
 
 @nox.session
 def bench(session):
-    """Side by side with cp, mergekit, peft and transformers on a 3.5 GB checkpoint; writes docs/benchmarks.md."""
+    """Side by side with cp, mergekit, peft and transformers; writes docs/benchmarks.md. `-- --small` tries it out."""
     install(session, "tests", "bench")
     session.run("python", "benchmarks/side_by_side.py", *session.posargs)
+    session.run("python", "benchmarks/training.py", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
