@@ -43,8 +43,9 @@ def apply(root: Path, name: str, *steps: str, base: Path, seed: int = 0) -> list
     return [step["metrics"] for step in lock["steps"]]
 
 
-def hyperfitting(epochs: int) -> str:
+def hyperfitting(epochs: int, *, short: bool) -> str:
     """The step; the paper's recipe at a size and a rate for a CPU."""
+    new_tokens, window = (24, 24) if short else (128, 96)
     return f"""use = "hyperfitting"
 data = {json.dumps(str(STORY))}
 samples = 8
@@ -55,14 +56,14 @@ lr = 5e-5
 stop_loss = 0.15
 [steps.report]
 prompts = {json.dumps(PROMPTS)}
-new_tokens = 128
-ttr_window = 96
+new_tokens = {new_tokens}
+ttr_window = {window}
 """
 
 
 def check_hyperfitting(root: Path, base: Path, *, short: bool) -> None:
     """The paper's findings: training loss near zero, more different words, less entropy, worse held-out loss."""
-    (metrics,) = apply(root, "hyperfitted", hyperfitting(2 if short else 40), base=base)
+    (metrics,) = apply(root, "hyperfitted", hyperfitting(2 if short else 40, short=short), base=base)
     before, after = metrics["before"], metrics["after"]
     print(f"  training loss: {metrics['first_loss']:.3f} -> {metrics['final_loss']:.3f} in {metrics['steps']} steps")
     print(f"  before: {json.dumps(before)}\n  after:  {json.dumps(after)}")
@@ -109,8 +110,12 @@ def check_lofit(root: Path, base: Path, truthfulqa: Path | None, *, short: bool)
 def check_chain(root: Path, base: Path) -> None:
     """Three steps, two of which learn, in one apply: one checkpoint is read and one is written."""
     write_pairs(root / "chain.jsonl", sums(32, seed=2), 16)
-    extension = 'use = "context-extension"\nmethod = "entropy-abf"\ntarget_length = 16384\n'
-    steps = [extension, lofit(root / "chain.jsonl", root / "chain.jsonl", scoring="random", epochs=1), hyperfitting(1)]
+    extension = 'use = "context-extension"\nmethod = "abf"\ntarget_length = 16384\n'  # the class keeps its biases
+    steps = [
+        extension,
+        lofit(root / "chain.jsonl", root / "chain.jsonl", scoring="random", epochs=1),
+        hyperfitting(1, short=True),
+    ]
     applied = apply(root, "chain", *steps, base=base)
     assert len(applied) == 3
     weights = list((root / "chain").glob("*.safetensors"))
