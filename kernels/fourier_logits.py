@@ -19,23 +19,16 @@ from typing import Any
 
 import torch
 
-from regraft.kernels.fourier_nll import TINY, Implementation, check, chosen
+from regraft.kernels.fourier_nll import TINY, Implementation, check, chosen, reference_masses
 
 
 def reference(
     coefficients: torch.Tensor, bins: int, *, floor: float = 0.0, gate: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The specification of `fourier_logits`: every exponential written out."""
-    wide = torch.promote_types(coefficients.dtype, torch.float32)
-    real, imaginary = coefficients.to(wide).chunk(2, -1)
-    frequencies = torch.arange(real.shape[-1], device=real.device)
-    angles = math.pi * torch.outer(frequencies, 2 * torch.arange(bins, device=real.device) + 1 - bins).to(wide) / bins
-    cos, sin = angles.cos(), angles.sin()
-    squares = (real @ cos - imaginary @ sin) ** 2 + (real @ sin + imaginary @ cos) ** 2
-    energy = (real**2 + imaginary**2).sum(-1, keepdim=True)
-    masses = torch.where(energy > TINY, squares / (bins * energy.clamp_min(TINY)), 1 / bins)
+    masses = reference_masses(coefficients, bins)
     logits = torch.log((masses + floor / bins) / (1 + floor))
-    return logits if gate is None else logits + gate[:, None].to(wide)
+    return logits if gate is None else logits + gate[:, None].to(logits.dtype)
 
 
 def fourier_logits(

@@ -43,6 +43,18 @@ class Sums(NamedTuple):
     energy: torch.Tensor
 
 
+def reference_masses(coefficients: torch.Tensor, bins: int) -> torch.Tensor:
+    """The specification of the masses of all bins, [R, bins]: every exponential written out."""
+    wide = torch.promote_types(coefficients.dtype, torch.float32)
+    real, imaginary = coefficients.to(wide).chunk(2, -1)
+    frequencies = torch.arange(real.shape[-1], device=real.device)
+    angles = math.pi * torch.outer(frequencies, 2 * torch.arange(bins, device=real.device) + 1 - bins).to(wide) / bins
+    cos, sin = angles.cos(), angles.sin()
+    squares = (real @ cos - imaginary @ sin) ** 2 + (real @ sin + imaginary @ cos) ** 2
+    energy = (real**2 + imaginary**2).sum(-1, keepdim=True)
+    return torch.where(energy > TINY, squares / (bins * energy.clamp_min(TINY)), 1 / bins)
+
+
 def reference(
     coefficients: torch.Tensor,
     labels: torch.Tensor,
@@ -53,14 +65,7 @@ def reference(
     reduction: Reduction = "mean",
 ) -> torch.Tensor:
     """The specification of `fourier_nll`: every bin of every row, then the one that counts."""
-    wide = torch.promote_types(coefficients.dtype, torch.float32)
-    real, imaginary = coefficients.to(wide).chunk(2, -1)
-    frequencies = torch.arange(real.shape[-1], device=real.device)
-    angles = math.pi * torch.outer(frequencies, 2 * torch.arange(bins, device=real.device) + 1 - bins).to(wide) / bins
-    cos, sin = angles.cos(), angles.sin()
-    squares = (real @ cos - imaginary @ sin) ** 2 + (real @ sin + imaginary @ cos) ** 2
-    energy = (real**2 + imaginary**2).sum(-1, keepdim=True)
-    masses = torch.where(energy > TINY, squares / (bins * energy.clamp_min(TINY)), 1 / bins)
+    masses = reference_masses(coefficients, bins)
     counted = labels != ignore_index
     chosen = masses.gather(1, labels.clamp_min(0)[:, None])[:, 0]
     losses = torch.where(counted, -torch.log((chosen + floor / bins) / (1 + floor)), 0.0)
