@@ -26,6 +26,10 @@ PROMPTS = [
     "When the old woman opened the door, she saw",
     "Nobody in the village had ever heard of a",
     "The letter began with the words",
+    "On the third day of the storm, the children",
+    "He had not spoken to his brother since",
+    "In the garden behind the house there was",
+    "The train was late, and on the platform",
 ]
 HEADS, FLOOR = 4, 15
 
@@ -53,7 +57,7 @@ seq_len = 48
 held_out = 4
 epochs = {epochs}
 lr = 5e-5
-stop_loss = 0.15
+stop_loss = 0.1
 [steps.report]
 prompts = {json.dumps(PROMPTS)}
 new_tokens = {new_tokens}
