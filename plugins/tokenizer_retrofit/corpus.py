@@ -1,0 +1,127 @@
+"""Counted words of a corpus: normalised and cut as the tokenizer does it, each with its tokens."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from regraft.core.data.load import files_of, read_rows
+from regraft.core.data.records import Text, find_columns
+from regraft.core.data.rows import BadRows
+from regraft.core.data.settings import DataSettings
+from regraft.core.errors import InputError
+from regraft.plugins.tokenizer_retrofit.merges import Word
+from regraft.plugins.tokenizer_retrofit.spelling import SPACE
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_PIECE_CHARACTERS = 1 << 16
+_WORD_START = re.compile(f"(?<=[^{SPACE}])(?={SPACE})")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Texts, read anew each time they are gone through.
+
+    Args:
+        data: where they are.
+        budget: UTF-8 bytes after which reading stops; None reads all.
+    """
+
+    data: DataSettings
+    budget: int | None = None
+
+    def texts(self) -> Iterator[str]:
+        """The texts in order, the last one cut where the budget ends.
+
+        Raises:
+            InputError: a file is no UTF-8 text, or holds zero bytes; there is no text at all.
+            UsageError: the files have no column of text.
+        """
+        left, found = self.budget, False
+        for text in self._rows():
+            data = text if left is None else text.encode()[:left].decode(errors="ignore")
+            if data:
+                found = True
+                yield data
+            if left is not None and (left := left - len(data.encode())) <= 0:
+                return
+        if not found:
+            raise InputError("the corpus has no text", where=", ".join(self.data.sources), remedy="give more data")
+
+    def _rows(self) -> Iterator[str]:
+        bad = BadRows(self.data.max_bad_rows)
+        for source in self.data.sources:
+            columns, file = None, None
+            for row in read_rows(source, self.data, bad):
+                if columns is None or row.place.file != file:
+                    columns = find_columns(row.values, where=row.place, kind="text", given=self.data.columns)
+                    file = row.place.file
+                try:
+                    record = columns.record(row)
+                except InputError as error:
+                    bad.add(row.place, error)
+                    continue
+                assert isinstance(record, Text)
+                if "\0" in record.text:
+                    raise InputError("is not text: it holds a zero byte", where=row.place, remedy="give plain text")
+                yield record.text
+
+    def summary(self) -> dict[str, Any]:
+        """SHA-256 by the name of each file."""
+        from regraft.core.checkpoint import FileRef
+
+        return {path.name: FileRef(path=path).sha256() for source in self.data.sources for path in files_of(source)}
+
+
+def count_words(
+    texts: Iterable[str], tokenizer: Tokenizer, *, tell: Callable[[int], None] | None = None
+) -> Counter[Word]:
+    """How often each word stands in the texts, as the tokens that the model makes of it.
+
+    Args:
+        texts: raw.
+        tokenizer: whose normaliser and pre-tokenizer cut the words, and whose model spells them.
+        tell: called with the number of characters read so far.
+    """
+    pieces: Counter[str] = Counter()
+    read = 0
+    for text in texts:
+        for part in _parts(text):
+            pieces.update(_cut(part, tokenizer))
+            read += len(part)
+            if tell is not None:
+                tell(read)
+    words: Counter[Word] = Counter()
+    for piece, count in sorted(pieces.items()):
+        word = tuple(token.value for token in tokenizer.model.tokenize(piece))
+        if word:
+            words[word] += count
+    return words
+
+
+def _parts(text: str) -> Iterator[str]:
+    """Parts of some thousand characters that begin at the beginning of a line that is not indented."""
+    start = 0
+    while len(text) - start > _PIECE_CHARACTERS:
+        found = re.compile(r"\n(?=\S)").search(text, start + _PIECE_CHARACTERS)
+        if found is None:
+            break
+        yield text[start : found.end()]
+        start = found.end()
+    yield text[start:]
+
+
+def _cut(text: str, tokenizer: Tokenizer) -> Iterator[str]:
+    """Words, in the alphabet of the model."""
+    normal = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer is not None else text
+    if tokenizer.pre_tokenizer is not None:
+        pieces: Iterable[str] = (piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal))
+    else:
+        pieces = [normal]
+    for piece in pieces:
+        yield from _WORD_START.split(piece)

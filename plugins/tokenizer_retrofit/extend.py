@@ -1,0 +1,140 @@
+"""`extend`: merges learnt on a corpus go behind the old ones, and each brings a token.
+
+Old merges come first when a text is cut, so the new cut is the old one with some neighbours joined; a text without any
+new token keeps its ids, and the model its logits. That is the batch merging of Dynamic Tokenization (arXiv 2411.18553)
+decided once, on a corpus: every loader knows what to do with it, and the model can write the new tokens too.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from regraft.core.errors import InputError
+from regraft.plugins.tokenizer_retrofit.corpus import count_words
+from regraft.plugins.tokenizer_retrofit.merges import Merge, Word, learn_merges
+from regraft.plugins.tokenizer_retrofit.spelling import byte_piece
+from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
+from regraft.plugins.tokenizer_retrofit.vocabulary import NewVocabulary, Origin
+
+_PREFERENCE = 1e-4
+"""What a Unigram piece scores above its parts together, so that it is chosen in their place."""
+
+
+def extend(
+    old: TokenizerFile,
+    rows: int,
+    texts: Iterable[str],
+    *,
+    size: int,
+    min_count: int,
+    max_length: int,
+    tell: Callable[[str], None] = lambda line: None,
+) -> NewVocabulary:
+    """The old vocabulary and up to `size` tokens more.
+
+    Args:
+        old: what is extended.
+        rows: of the embeddings; those that no token uses are used first, in order.
+        texts: the corpus.
+        size: most new tokens.
+        min_count: pairs seen less often are not merged.
+        max_length: of a new token, in characters of the vocabulary's alphabet.
+        tell: shows progress.
+
+    Raises:
+        InputError: nothing in the corpus can be merged; `tokenizers` does not read the file.
+    """
+    words = count_words(texts, old.backend(), tell=_telling(tell, "{:,} characters of the corpus read", every=1 << 20))
+    if old.spelling == "pieces":
+        words = _without_bytes(words)
+    merges = learn_merges(
+        words, size, taken=old.ids, min_count=min_count, max_length=max_length, join=old.joined,
+        tell=_telling(tell, f"{{}} of {size} merges learnt", every=512),
+    )  # fmt: skip
+    if not merges:
+        raise InputError(
+            "the corpus has nothing to merge", where="corpus", expected=f"a pair of tokens seen {min_count} times",
+            remedy="give more text, or lower min_count",
+        )  # fmt: skip
+    ids = _free_ids(old, len(merges))
+    compositions = _compositions(old.ids, merges)
+    document = _document(old, merges, ids, compositions)
+    new = TokenizerFile.parse(document, old.label)
+    origins = [Origin(kept=index) for index in range(rows)] + [Origin()] * (new.rows - rows)
+    for index, parts in zip(ids, compositions, strict=True):
+        origins[index] = Origin(parts=parts)
+    notes = (f"{len(merges)} of {size} tokens: no other pair stands {min_count} times in the corpus",)
+    return NewVocabulary(new, origins, {"merges": len(merges)}, notes if len(merges) < size else ())
+
+
+def _telling(tell: Callable[[str], None], line: str, *, every: int) -> Callable[[int], None]:
+    """Shows the line each time a count has grown by `every`."""
+    last = 0
+
+    def show(count: int) -> None:
+        nonlocal last
+        if count >= last + every:
+            last = count
+            tell(line.format(count))
+
+    return show
+
+
+def _without_bytes(words: Mapping[Word, int]) -> Counter[Word]:
+    """Words cut at byte pieces: a token of several of them would not be decoded as bytes."""
+    pieces = {byte_piece(byte) for byte in range(256)}
+    found: Counter[Word] = Counter()
+    for word, count in words.items():
+        run: list[str] = []
+        for token in [*word, byte_piece(0)]:
+            if token not in pieces:
+                run.append(token)
+            elif run:
+                found[tuple(run)] += count
+                run = []
+    return found
+
+
+def _free_ids(old: TokenizerFile, count: int) -> list[int]:
+    """Ids behind the last one in use."""
+    return list(range(old.rows, old.rows + count))
+
+
+def _compositions(ids: Mapping[str, int], merges: Sequence[Merge]) -> list[tuple[int, ...]]:
+    """The old ids that spell each new token."""
+    made: dict[str, tuple[int, ...]] = {}
+    for merge in merges:
+        left, right = ((made[part] if part in made else (ids[part],)) for part in (merge.left, merge.right))
+        made[merge.token] = left + right
+    return list(made.values())
+
+
+def _document(
+    old: TokenizerFile, merges: Sequence[Merge], ids: Sequence[int], compositions: Sequence[tuple[int, ...]]
+) -> dict[str, Any]:
+    document = copy.deepcopy(dict(old.document))
+    model = document["model"]
+    tokens = [merge.token for merge in merges]
+    if old.kind == "Unigram":
+        scores = [piece[1] for piece in model["vocab"]]
+        if len(scores) != ids[0]:
+            raise InputError(
+                "added tokens stand behind the pieces, so that none can be appended", where=old.label,
+                expected=f"{len(scores)} ids", found=ids[0],
+            )  # fmt: skip
+        model["vocab"] += [
+            [token, sum(scores[part] for part in parts) + _PREFERENCE]
+            for token, parts in zip(tokens, compositions, strict=True)
+        ]
+        return document
+    model["vocab"] |= dict(zip(tokens, ids, strict=True))
+    if old.kind == "BPE":
+        as_text = any(isinstance(entry, str) for entry in model["merges"])
+        if as_text and any(" " in part for merge in merges for part in (merge.left, merge.right)):
+            model["merges"] = [list(pair) for pair in old.merges]
+            as_text = False
+        model["merges"] += [f"{merge.left} {merge.right}" if as_text else [merge.left, merge.right] for merge in merges]
+    return document

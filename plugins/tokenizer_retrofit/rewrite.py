@@ -1,0 +1,101 @@
+"""Plan and apply: the new vocabulary, the tables that follow it, and every file that names a token."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+from regraft.core.checkpoint import Checkpoint, FileRef
+from regraft.core.data.load import check_sources
+from regraft.core.jsonio import dump
+from regraft.core.patch import Edit, Outline, Patch, overlay
+from regraft.core.transformation import Run
+from regraft.core.verify.structure import TOKENIZER
+from regraft.plugins.tokenizer_retrofit.corpus import Corpus
+from regraft.plugins.tokenizer_retrofit.extend import extend
+from regraft.plugins.tokenizer_retrofit.metadata import metadata
+from regraft.plugins.tokenizer_retrofit.params import TokenizerRetrofitParams
+from regraft.plugins.tokenizer_retrofit.proof import prove
+from regraft.plugins.tokenizer_retrofit.rows import subtoken_means
+from regraft.plugins.tokenizer_retrofit.tables import Tables
+from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
+from regraft.plugins.tokenizer_retrofit.vocabulary import NewVocabulary
+
+ID_MAP, REPORT = "id_map.json", "retrofit_report.json"
+
+
+def check(checkpoint: Checkpoint, params: TokenizerRetrofitParams) -> None:
+    """Refuse what headers, config and tokenizer.json show to be impossible."""
+    Tables.of(checkpoint, TokenizerFile.of(checkpoint))
+    check_sources(params.corpus)
+
+
+def outline(checkpoint: Checkpoint, params: TokenizerRetrofitParams) -> Outline:
+    """The most rows that there may be; how many there are is known when the corpus has been read."""
+    old = TokenizerFile.of(checkpoint)
+    tables = Tables.of(checkpoint, old)
+    rows = padded(max(tables.rows, old.rows + params.size), params.pad_to_multiple_of)
+    changes = metadata(checkpoint, rows)
+    memory = 4 * max(spec.nbytes for spec in tables.specs(checkpoint, rows).values())
+    return Outline(
+        specs=tables.specs(checkpoint, rows),
+        json=changes.json,
+        files={TOKENIZER: None},
+        dropped=changes.dropped,
+        notes=(f"at most {params.size} tokens are appended to {old.rows}",),
+        exact=False,
+        workspace_bytes=memory,
+    )
+
+
+def apply(checkpoint: Checkpoint, params: TokenizerRetrofitParams, run: Run) -> Patch:
+    """Read the corpus, make the vocabulary and its rows, and prove the tokenizer.
+
+    Raises:
+        InputError: the corpus is empty, no text, or has nothing to merge.
+        TransformationError: the tokenizer does not do what it should; see `prove`.
+    """
+    old = TokenizerFile.of(checkpoint)
+    tables = Tables.of(checkpoint, old)
+    corpus = Corpus(params.corpus, params.corpus_bytes)
+    new = extend(
+        old, tables.rows, corpus.texts(), size=params.size, min_count=params.min_count, max_length=params.max_length,
+        tell=run.tell,
+    )  # fmt: skip
+    patch = made_patch(checkpoint, tables, new, params)
+    figures = prove(checkpoint, overlay(checkpoint, patch, by=run.step), old, new, corpus.texts(), run)
+    figures = {**new.figures, **new.counts(), **figures, "corpus": corpus.summary()}
+    reports = {
+        ID_MAP: FileRef(data=_json(new.id_map())),
+        REPORT: FileRef(data=_json(figures)),
+    }
+    return replace(patch, metrics=figures, reports=reports)
+
+
+def made_patch(checkpoint: Checkpoint, tables: Tables, new: NewVocabulary, params: TokenizerRetrofitParams) -> Patch:
+    """Tables, tokenizer and configs, without proof."""
+    total = padded(len(new.origins), params.pad_to_multiple_of)
+    changes = metadata(checkpoint, total)
+    specs = tables.specs(checkpoint, total)
+    edits = {}
+    for name in tables.names:
+        rows = subtoken_means(checkpoint.load(name), new.origins)
+        parts = [*rows.parts, *[()] * (total - len(new.origins))]
+        edits[name] = Edit(specs[name], replace(rows, parts=parts).operation(name))
+    return Patch(
+        edits=edits,
+        json=changes.json,
+        files={TOKENIZER: FileRef(data=dump(new.tokenizer.document))},
+        dropped=changes.dropped,
+        notes=new.notes,
+    )
+
+
+def padded(rows: int, multiple: int) -> int:
+    """The next multiple, `rows` itself included."""
+    return -(-rows // multiple) * multiple
+
+
+def _json(document: Any) -> bytes:
+    return (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()

@@ -1,0 +1,88 @@
+"""The tensors that have one row for each token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from regraft.core.architectures import Architecture, architecture_of
+from regraft.core.checkpoint import Checkpoint
+from regraft.core.errors import InputError, Unsupported
+from regraft.core.specs import FLOAT_CODES, TensorSpec
+from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Names of the tensors whose first axis is the vocabulary.
+
+    Args:
+        embeddings: of the input.
+        head: of the output; None where it is the embeddings.
+        bias: of the head; None without.
+        rows: of each.
+    """
+
+    embeddings: str
+    head: str | None
+    bias: str | None
+    rows: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, tokenizer: TokenizerFile) -> Tables:
+        """Those of a checkpoint.
+
+        Raises:
+            Unsupported: other tensors are as tall as the vocabulary, or the embeddings are not floating-point.
+            InputError: the tokenizer has ids beyond the rows.
+        """
+        architecture = architecture_of(checkpoint.config, checkpoint.specs)
+        embeddings = architecture.slot("embed_tokens").tensor
+        found = cls(
+            embeddings,
+            _own_head(checkpoint, architecture, embeddings),
+            _bias(checkpoint, architecture),
+            checkpoint.specs[embeddings].rows,
+        )
+        found._check(checkpoint, tokenizer)
+        return found
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them."""
+        return tuple(name for name in (self.embeddings, self.head, self.bias) if name is not None)
+
+    def specs(self, checkpoint: Checkpoint, rows: int) -> dict[str, TensorSpec]:
+        """The tables with another number of rows."""
+        old = [checkpoint.specs[name] for name in self.names]
+        return {spec.name: TensorSpec(spec.name, spec.dtype, (rows, *spec.shape[1:])) for spec in old}
+
+    def _check(self, checkpoint: Checkpoint, tokenizer: TokenizerFile) -> None:
+        for name in self.names:
+            spec = checkpoint.specs[name]
+            if spec.dtype not in FLOAT_CODES or spec.rows != self.rows:
+                raise Unsupported("is no table of floating-point rows, one for each token", where=name,
+                                  expected=f"{self.rows} rows", found=spec)  # fmt: skip
+        if tokenizer.rows > self.rows:
+            raise InputError(
+                "the tokenizer has ids beyond the embedding's rows", where=tokenizer.label,
+                expected=f"ids below {self.rows}", found=tokenizer.rows - 1, remedy="use the tokenizer of the weights",
+            )  # fmt: skip
+        others = [
+            spec for name, spec in checkpoint.specs.items()
+            if name not in self.names and len(spec.shape) == 2 and spec.rows == self.rows and "embed" in name
+        ]  # fmt: skip
+        if others:
+            raise Unsupported(
+                "another tensor may have a row for each token", where=others[0].name, found=others[0],
+                remedy="this model has more tables than embeddings and a head",
+            )  # fmt: skip
+
+
+def _own_head(checkpoint: Checkpoint, architecture: Architecture, embeddings: str) -> str | None:
+    head = architecture.slot("lm_head").tensor
+    return head if head != embeddings and head in checkpoint.specs else None
+
+
+def _bias(checkpoint: Checkpoint, architecture: Architecture) -> str | None:
+    bias = architecture.slot("lm_head").tensor.removesuffix("weight") + "bias"
+    return bias if bias in checkpoint.specs else None

@@ -1,0 +1,194 @@
+"""tokenizer.json, read once: its kind, its tokens and merges, and the bytes that tokens spell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from regraft.core.checkpoint import Checkpoint
+from regraft.core.errors import InputError, Unsupported
+from regraft.core.jsonio import dump
+from regraft.core.verify.structure import TOKENIZER
+from regraft.plugins.tokenizer_retrofit.spelling import CONTINUES, Spelling, bytes_of
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Kind = Literal["BPE", "Unigram", "WordPiece"]
+
+_KINDS = ("BPE", "Unigram", "WordPiece")
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that is matched in the text before the model sees it.
+
+    Args:
+        content: verbatim.
+        id: its row.
+        special: whether it is left out of decoded text.
+    """
+
+    content: str
+    id: int
+    special: bool
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizerFile:
+    """One tokenizer.json.
+
+    Args:
+        document: what it says.
+        label: how messages name it.
+        kind: of its model.
+        spelling: how its tokens write bytes.
+        vocab: id by token of the model, in order of ids; added tokens are not always among them.
+        added: tokens that are matched verbatim, in order of ids.
+    """
+
+    document: Mapping[str, Any]
+    label: str
+    kind: Kind
+    spelling: Spelling
+    vocab: Mapping[str, int]
+    added: tuple[AddedToken, ...]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> TokenizerFile:
+        """The one of a checkpoint.
+
+        Raises:
+            Unsupported: there is none, or its model is none of BPE, Unigram and WordPiece.
+            InputError: it is malformed.
+        """
+        if TOKENIZER not in checkpoint.files:
+            raise Unsupported(
+                "the tokenizer has no fast form, whose file is tokenizer.json", where=checkpoint.label,
+                expected=TOKENIZER, remedy="save it once with transformers: AutoTokenizer.from_pretrained(DIR)"
+                ".save_pretrained(DIR)",
+            )  # fmt: skip
+        return cls.parse(checkpoint.json(TOKENIZER), f"{checkpoint.label}: {TOKENIZER}")
+
+    @classmethod
+    def parse(cls, document: Mapping[str, Any], label: str) -> TokenizerFile:
+        """From the JSON object.
+
+        Raises:
+            Unsupported, InputError: as `of`.
+        """
+        model = document.get("model")
+        if not isinstance(model, Mapping):
+            raise InputError("has no model", where=label, expected='an object "model"', found=type(model).__name__)
+        kind = model.get("type") or ("BPE" if "merges" in model else None)
+        if kind not in _KINDS:
+            raise Unsupported("tokenizers of this kind cannot be changed", where=label,
+                              expected=", ".join(_KINDS), found=kind)  # fmt: skip
+        vocab = _vocab(model, kind, label)
+        added = sorted(_added(document, label), key=lambda token: token.id)
+        return cls(document, label, cast(Kind, kind), _spelling(document, kind), vocab, tuple(added))
+
+    @property
+    def model(self) -> Mapping[str, Any]:
+        """What the file says of the model."""
+        return cast(Mapping[str, Any], self.document["model"])
+
+    @cached_property
+    def ids(self) -> Mapping[str, int]:
+        """Every token with its id: those of the model, and the added ones, whose id the model's wins over."""
+        return {**{token.content: token.id for token in self.added}, **self.vocab}
+
+    @cached_property
+    def tokens(self) -> Mapping[int, str]:
+        """Every id with its token, in order of ids."""
+        return {index: token for token, index in sorted(self.ids.items(), key=lambda item: item[1])}
+
+    @property
+    def rows(self) -> int:
+        """Rows that the tokens need: one more than the largest id, which may be more than there are tokens."""
+        return max(self.ids.values(), default=-1) + 1
+
+    @cached_property
+    def merges(self) -> tuple[tuple[str, str], ...]:
+        """The merges of a BPE model, in order; written as pairs or as two tokens with a space between them."""
+        pairs = [entry.split(" ") if isinstance(entry, str) else entry for entry in self.model.get("merges", ())]
+        for number, pair in enumerate(pairs):
+            if len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+                raise InputError("a merge is no pair of tokens", where=f"{self.label}: merge {number}", found=pair)
+        return tuple((left, right) for left, right in pairs)
+
+    @cached_property
+    def verbatim(self) -> frozenset[str]:
+        """Tokens that are matched in the text as they stand."""
+        return frozenset(token.content for token in self.added)
+
+    def bytes_of(self, token: str) -> bytes | None:
+        """The bytes of a token; None if it spells none."""
+        if token in self.verbatim:
+            return token.encode("utf-8", "surrogatepass")
+        return bytes_of(token, self.spelling)
+
+    def joined(self, left: str, right: str) -> str:
+        """The token that two tokens side by side make."""
+        return left + (right.removeprefix(CONTINUES) if self.spelling == "words" else right)
+
+    def backend(self) -> Tokenizer:
+        """It as `tokenizers` runs it.
+
+        Raises:
+            InputError: `tokenizers` does not read it.
+        """
+        from tokenizers import Tokenizer
+
+        try:
+            return Tokenizer.from_buffer(dump(self.document))
+        except Exception as error:  # the library raises Exception itself
+            raise InputError("the tokenizers library does not read the file", where=self.label, found=error) from None
+
+
+def _vocab(model: Mapping[str, Any], kind: str, label: str) -> dict[str, int]:
+    """Id by token, in order of ids."""
+    vocab = model.get("vocab")
+    if kind == "Unigram" and isinstance(vocab, list):
+        found = {str(piece[0]): index for index, piece in enumerate(vocab)}
+        if len(found) < len(vocab):
+            raise InputError("a token stands in the vocabulary twice", where=label)
+        return found
+    if not isinstance(vocab, Mapping) or not all(type(index) is int and index >= 0 for index in vocab.values()):
+        raise InputError("has no vocabulary", where=label, expected="ids by token", found=type(vocab).__name__)
+    if len(set(vocab.values())) < len(vocab):
+        raise InputError("two tokens have one id", where=label, remedy="correct the vocabulary")
+    return dict(sorted(vocab.items(), key=lambda item: item[1]))
+
+
+def _added(document: Mapping[str, Any], label: str) -> Iterator[AddedToken]:
+    for entry in document.get("added_tokens") or ():
+        content, index = (entry.get("content"), entry.get("id")) if isinstance(entry, Mapping) else (None, None)
+        if not isinstance(content, str) or type(index) is not int or index < 0:
+            raise InputError("an added token has no content or no id", where=label, found=entry)
+        yield AddedToken(content, index, bool(entry.get("special")))
+
+
+def _spelling(document: Mapping[str, Any], kind: str) -> Spelling:
+    """By what the stages around the model do; byte-level where any of them is."""
+    if kind == "WordPiece":
+        return "words"
+    stages = [
+        stage.get("type") for name in ("pre_tokenizer", "decoder", "normalizer") for stage in _stages(document, name)
+    ]
+    return "bytes" if "ByteLevel" in stages else "pieces"
+
+
+def _stages(document: Mapping[str, Any], name: str) -> Iterator[Mapping[str, Any]]:
+    """The stages of one part of the pipeline, those of a sequence one by one."""
+    stage = document.get(name)
+    if not isinstance(stage, Mapping):
+        return
+    nested = next((stage[key] for key in ("pretokenizers", "normalizers", "decoders") if key in stage), None)
+    if isinstance(nested, list):
+        for one in nested:
+            yield from _stages({name: one}, name)
+    else:
+        yield stage

@@ -1,0 +1,59 @@
+"""A new vocabulary, and where the row of each of its tokens comes from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a row comes from.
+
+    Args:
+        kept: the old id whose row is copied bit for bit; None for a new token.
+        parts: old ids that spell the new token, in order; empty where the old vocabulary cannot spell it.
+    """
+
+    kept: int | None = None
+    parts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class NewVocabulary:
+    """What a vocabulary source makes.
+
+    Args:
+        tokenizer: the new tokenizer.json.
+        origins: of the rows 0, 1, 2, ... of the new embeddings that a token or an old padding row stands behind.
+        figures: for the report; JSON values.
+        notes: for the user.
+    """
+
+    tokenizer: TokenizerFile
+    origins: Sequence[Origin]
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def new_id(self) -> dict[int, int]:
+        """The new id of every old one that is kept."""
+        return {origin.kept: index for index, origin in enumerate(self.origins) if origin.kept is not None}
+
+    def counts(self) -> dict[str, int]:
+        """How many rows are copied, composed, and neither."""
+        kinds = Counter(
+            "copied" if origin.kept is not None else "composed" if origin.parts else "unspelled"
+            for origin in self.origins
+        )
+        return {kind: kinds[kind] for kind in ("copied", "composed", "unspelled")}
+
+    def id_map(self) -> dict[str, Any]:
+        """For `id_map.json`: the new id of each old one, null if it is gone, and the old ids that spell new tokens."""
+        kept = self.new_id()
+        old = max([*kept, *(part for origin in self.origins for part in origin.parts)], default=-1) + 1
+        composed = {str(index): list(origin.parts) for index, origin in enumerate(self.origins) if origin.kept is None}
+        return {"old_to_new": [kept.get(index) for index in range(old)], "composed_of": composed}
