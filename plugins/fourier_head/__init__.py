@@ -9,11 +9,14 @@ paper replaces the whole output (`mode = "replace"`); `hybrid` keeps text beside
 reference code mixes 1e-5 into each bin, 3.9% of the mass at 4096 bins: `floor` is the mass itself. Its initial density
 is random; ours follows the rows that the bins had. Its regulariser grows with the coefficients' scale, which the
 density ignores; `normalized` does not.
+
+`mode = "segments"` is another method with the same purpose, and has its own source: see `segments`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from regraft.core.architectures import Family
 from regraft.core.checkpoint import Checkpoint
@@ -42,18 +45,15 @@ class FourierHead(Transformation[FourierHeadParams]):
             UsageError: nothing is matched, the ids have a gap or special tokens, there are too many frequencies.
             InputError: tokenizer and weights do not fit; a file is missing.
         """
-        from regraft.plugins.fourier_head.rewrite import check
-
-        check(checkpoint, params)
+        _part(params).check(checkpoint, params)
 
     def plan(self, checkpoint: Checkpoint, params: FourierHeadParams) -> Outline:
-        """The head's tensors, config, code, and the tokenizer where tokens are appended."""
-        from regraft.plugins.fourier_head.rewrite import outline
-
-        return outline(checkpoint, params)
+        """The new tensors, config, code, and the tokenizer where tokens are appended."""
+        outline: Outline = _part(params).outline(checkpoint, params)
+        return outline
 
     def apply(self, checkpoint: Checkpoint, params: FourierHeadParams, run: Run) -> Patch:
-        """The head, trained where that is asked for.
+        """The head, trained where that is asked for; the forecaster.
 
         Raises:
             InputError: data or weights cannot be read, or do not fit.
@@ -61,9 +61,19 @@ class FourierHead(Transformation[FourierHeadParams]):
             TransformationError: the loss is not finite.
             ResourceError: out of memory, or a log cannot be written.
         """
-        from regraft.plugins.fourier_head.rewrite import apply
+        patch: Patch = _part(params).apply(checkpoint, params, run)
+        return patch
 
-        return apply(checkpoint, params, run)
+
+def _part(params: FourierHeadParams) -> Any:
+    """The module that does what the mode asks for."""
+    if params.mode == "segments":
+        from regraft.plugins.fourier_head.segments import rewrite as forecaster
+
+        return forecaster
+    from regraft.plugins.fourier_head import rewrite
+
+    return rewrite
 
 
 @hookimpl
@@ -74,7 +84,7 @@ def regraft_transformations() -> Sequence[type[AnyTransformation]]:
 
 @hookimpl
 def regraft_architectures() -> Sequence[Family]:
-    """Where models with the head keep their tensors."""
-    from regraft.plugins.fourier_head.families import head_families
+    """Where models with the head, and forecasters over segments, keep their tensors."""
+    from regraft.plugins.fourier_head.families import head_families, segment_families
 
-    return head_families()
+    return [*head_families(), *segment_families()]

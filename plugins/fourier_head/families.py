@@ -15,6 +15,9 @@ from regraft.core.errors import Unsupported
 PREFIX = "fourier_"
 """What the `model_type` of a model with the head begins with: stock transformers knows none, and refuses."""
 
+SEGMENTS_PREFIX = "segments_"
+"""Likewise, of a model that forecasts segments of series."""
+
 _HEAD = "lm_head"
 
 
@@ -91,9 +94,11 @@ def family_of(config: Mapping[str, Any]) -> StockFamily:
     model_type = str(config.get("model_type"))
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    again = model_type.startswith(PREFIX)
+    fourier, segments = (model_type.startswith(prefix) for prefix in (PREFIX, SEGMENTS_PREFIX))
+    again = fourier or segments
+    fault = "the model forecasts segments already" if segments else "the head of this family cannot be replaced"
     raise Unsupported(
-        "the model has a Fourier head already" if again else "the head of this family cannot be replaced",
+        "the model has a Fourier head already" if fourier else fault,
         where="config.json: model_type",
         expected=", ".join(FAMILIES),
         found=model_type,
@@ -171,3 +176,57 @@ _HEAD_PARTS = (
     _part(f"{_HEAD}.fourier", "lm_head", "fourier_rows", _replaced, bias=True),
 )
 """In hybrid mode the head's own rows are those of text; in replace mode the coefficients are all there is."""
+
+
+def segment_families() -> Sequence[Family]:
+    """Rows for models that forecast segments."""
+    rows = built_in()
+    return [_with_segments(rows[name]) for name in FAMILIES]
+
+
+def _with_segments(family: Family) -> Family:
+    settle = family.settle
+
+    def settled(settings: Settings) -> Mapping[str, Any]:
+        own = dict(settle(settings)) if settle else {}
+        block = _segments(settings)
+        inputs, width = block["length"], block.get("width")
+        sizes = {"segment_length": inputs, "segment_width": width or 0, "segment_to": width or inputs}
+        return {**own, **sizes, "segment_from": width or settings.get("hidden_size")}
+
+    return replace(
+        family,
+        model_type=SEGMENTS_PREFIX + family.model_type,
+        name=f"{family.label} that forecasts segments",
+        parts=(*family.parts, *_SEGMENT_PARTS),
+        settle=settled,
+    )
+
+
+def _segments(settings: Settings) -> Mapping[str, Any]:
+    """The forecaster's settings; those of a config without them fit no tensors, which the comparison shows."""
+    return {"length": 0, "stamps": False, **(settings.get("segments") or {})}
+
+
+def _deep(settings: Settings, layer: int) -> bool:
+    del layer
+    return bool(_segments(settings).get("width"))
+
+
+def _stamped(settings: Settings, layer: int) -> bool:
+    del layer
+    return bool(_segments(settings)["stamps"])
+
+
+def _map(path: str, rows: str, columns: str, when: Any = None) -> Part:
+    role = path.replace(".", "_")
+    return Part(path=path, roles=((role, rows),), columns=columns, bias=True, outside=True, when=when)
+
+
+_SEGMENT_PARTS = (
+    _map("ts.encoder.hidden", "segment_width", "segment_length", _deep),
+    _map("ts.encoder", "hidden_size", "segment_to"),
+    _map("ts.decoder.hidden", "segment_width", "hidden_size", _deep),
+    _map("ts.decoder", "segment_length", "segment_from"),
+    Part(path="ts.mix_scale", roles=(("ts_mix_scale", 1),), parameter=True, outside=True, when=_stamped),
+)

@@ -11,6 +11,7 @@ from regraft.core.data.settings import Data
 from regraft.core.recipe.references import OutputPath
 from regraft.core.training.settings import Positive, Share
 from regraft.core.transformation import Params
+from regraft.plugins.fourier_head.segments.params import SegmentSettings
 
 Count = Annotated[int, Field(ge=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -65,10 +66,10 @@ class LearnSettings(Params):
 class FourierHeadParams(Params):
     """Parameters of `fourier-head`."""
 
-    mode: Literal["hybrid", "replace"] = Field(
+    mode: Literal["hybrid", "replace", "segments"] = Field(
         "hybrid",
         description="hybrid: the bins share a gate inside the softmax with the text, whose logits stay. replace: the "
-        "whole vocabulary is bins.",
+        "whole vocabulary is bins. segments: no head; the frozen model forecasts series, a segment at a position.",
     )
     tokens: Annotated[str, Field(min_length=1)] | None = Field(
         None, description='The bins by their tokens: "0..199" from one whole number to another, or "a..b" from one '
@@ -126,12 +127,23 @@ class FourierHeadParams(Params):
         None, description='A first training, of the head towards what the old head predicts: { data = "..." }.'
     )
     train: LearnSettings | None = Field(None, description='A training on tokens: { data = "...", weights = "head" }.')
+    segments: SegmentSettings | None = Field(
+        None, description='mode = segments: { data = "series.jsonl", length = 96, context = 672 }; no other key then.'
+    )
 
     @property
     def exact(self) -> bool:
         """Whether masses are integrals."""
         needed = self.margin > 0 or self.coordinate == "values"
         return needed if self.quadrature is None else self.quadrature == "exact"
+
+    @model_validator(mode="after")
+    def _segments_alone(self) -> Self:
+        if (self.mode == "segments") != (self.segments is not None):
+            raise ValueError('mode = "segments" and the table `segments` belong together')
+        if self.segments is not None and (others := sorted(self.model_fields_set - {"mode", "segments"})):
+            raise ValueError(f"mode segments takes the table `segments` alone: remove {', '.join(others)}")
+        return self
 
     @model_validator(mode="after")
     def _one_range(self) -> Self:
