@@ -1,0 +1,215 @@
+"""Vision encoders (CLIP, SigLIP): an image's patches as features, from one hidden state of the vision tower.
+
+Opening an encoder reads its config and headers; torch and transformers come with `load`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regraft.core.checkpoint import CONFIG, Checkpoint
+from regraft.core.errors import InputError, Unsupported
+from regraft.core.sources.open import open_checkpoint
+from regraft.core.specs import FLOAT_CODES
+from regraft.plugins.vlora.images import check_image, read_image
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Encoder", "Tower", "check_image", "open_tower", "read_image"]
+
+PROCESSOR = "preprocessor_config.json"
+
+_KINDS = {
+    "clip": ("CLIPVisionConfig", "CLIPVisionModel"),
+    "clip_vision_model": ("CLIPVisionConfig", "CLIPVisionModel"),
+    "siglip": ("SiglipVisionConfig", "SiglipVisionModel"),
+    "siglip_vision_model": ("SiglipVisionConfig", "SiglipVisionModel"),
+}
+_NESTED = "vision_config"
+_PREFIX = "vision_model."
+"""Before the tower's tensors in checkpoints of both towers, and in what earlier releases of transformers wrote."""
+_LAYER = re.compile(r"encoder\.layers\.(\d+)\.layer_norm1\.weight")
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Tower:
+    """An opened encoder.
+
+    Args:
+        checkpoint: its checkpoint; a text tower beside it is not read.
+        select_layer: which hidden state the features are: -1 the last, -2 the last but one, 0 the embeddings.
+        patches: features of an image.
+        width: of a feature.
+        num_layers: of the tower.
+        leading: positions before the patches, which are dropped: 1 for CLIP's class token.
+        nbytes: of its weights in fp32.
+    """
+
+    checkpoint: Checkpoint
+    select_layer: int
+    patches: int
+    width: int
+    num_layers: int
+    leading: int
+    nbytes: int
+
+    @property
+    def label(self) -> str:
+        """As the user wrote it."""
+        return self.checkpoint.label
+
+    def load(self, device: str = "cpu") -> Encoder:
+        """The tower with its weights in fp32, and the image processor beside it.
+
+        Raises:
+            InputError: the weights do not fit the class, or there is no processor that transformers reads.
+        """
+        from regraft.core.training.model import memory, quiet, side_folder
+
+        with side_folder(self.checkpoint) as folder, quiet():
+            processor = _processor(self.checkpoint, folder)
+            with memory("loading the vision encoder"):
+                model = _model(self.checkpoint).to(device)
+        return Encoder(self, model, processor)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A loaded encoder: call it with the path of an image.
+
+    Args:
+        tower: what it was loaded from.
+        model: of transformers, in eval mode.
+        processor: image to pixels.
+    """
+
+    tower: Tower
+    model: Any
+    processor: Any
+
+    def __call__(self, path: Path) -> torch.Tensor:
+        """Features [patches, width] of one image, fp32, on the model's device. Raises as `read_image` and `see`."""
+        return self.see([read_image(path)])[0]
+
+    def see(self, images: list[Any]) -> torch.Tensor:
+        """Features [N, patches, width] of N RGB images.
+
+        Raises:
+            InputError: the processor makes pixels that the encoder does not take, or features are not finite.
+        """
+        import torch
+
+        try:
+            pixels = self.processor(images, return_tensors="pt")["pixel_values"]
+            with torch.no_grad():
+                states = self.model(pixels.to(self.model.device), output_hidden_states=True).hidden_states
+        except (ValueError, RuntimeError) as error:
+            raise InputError(
+                "the image processor does not fit the encoder", where=f"{self.tower.label}: {PROCESSOR}",
+                found=_first_line(error), remedy="take both from one checkpoint",
+            ) from None  # fmt: skip
+        features: torch.Tensor = states[self.tower.select_layer][:, self.tower.leading :]
+        if not torch.isfinite(features).all():
+            raise InputError("the encoder's features are NaN or infinite", where=self.tower.label,
+                             remedy="its weights are damaged: fetch it again")  # fmt: skip
+        return features
+
+
+def open_tower(reference: str, *, select_layer: int = -2) -> Tower:
+    """The encoder in a folder, or under a hub id.
+
+    Args:
+        reference: a CLIP or SigLIP checkpoint, whole or its vision tower alone.
+        select_layer: index of the hidden state; hidden states are the embeddings, then the output of each layer.
+
+    Raises:
+        InputError: there is none, or its headers are not valid; pickled weights; no such hidden state.
+        Unsupported: an encoder of another kind.
+    """
+    checkpoint = open_checkpoint(reference)
+    kind = checkpoint.config.get("model_type")
+    if kind not in _KINDS:
+        raise Unsupported("is no vision encoder that regraft runs", where=f"{checkpoint.label}: {CONFIG}: model_type",
+                          expected=", ".join(_KINDS), found=kind,
+                          remedy="compute the features yourself, and give them as `features`")  # fmt: skip
+    shapes = {name.removeprefix(_PREFIX): spec.shape for name, spec in checkpoint.specs.items()}
+    patches = shapes.get("embeddings.patch_embedding.weight", ())
+    positions = shapes.get("embeddings.position_embedding.weight", ())
+    layers = sum(_LAYER.fullmatch(name) is not None for name in shapes)
+    if len(patches) != 4 or len(positions) != 2 or not layers:
+        raise InputError("has no vision tower", where=checkpoint.label,
+                         expected="embeddings.patch_embedding, embeddings.position_embedding, encoder.layers",
+                         remedy="name the whole CLIP or SigLIP checkpoint, or its vision tower")  # fmt: skip
+    if not -layers - 1 <= select_layer <= layers:
+        raise InputError("the encoder has no such hidden state", where=f"{checkpoint.label}: select_layer",
+                         expected=f"{-layers - 1} to {layers}", found=select_layer,
+                         remedy="use the encoder that the generator was trained with")  # fmt: skip
+    leading = 1 if kind.startswith("clip") else 0
+    tower = _own(checkpoint)
+    nbytes = _FP32 * sum(checkpoint.specs[name].numel for name in tower.values())
+    return Tower(checkpoint, select_layer, positions[0] - leading, patches[0], layers, leading, nbytes)
+
+
+def _own(checkpoint: Checkpoint) -> dict[str, str]:
+    """The tower's tensors: names without prefix, and as stored."""
+    inside = {name.removeprefix(_PREFIX): name for name in checkpoint.specs if name.startswith(_PREFIX)}
+    return inside or {name: name for name in checkpoint.specs}
+
+
+def _model(checkpoint: Checkpoint) -> Any:
+    import torch
+    import transformers
+
+    config_class, model_class = (getattr(transformers, name) for name in _KINDS[checkpoint.config["model_type"]])
+    config = config_class.from_dict(dict(checkpoint.config.get(_NESTED) or checkpoint.config))
+    try:
+        with torch.device("meta"):
+            wanted = model_class(config).state_dict()
+        state = _state(checkpoint, wanted)
+        model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+        raise InputError("transformers does not build the vision encoder", where=f"{checkpoint.label}: {CONFIG}",
+                         found=_first_line(error),
+                         remedy="fetch the encoder again") from None  # fmt: skip
+    return model.requires_grad_(False).eval()
+
+
+def _state(checkpoint: Checkpoint, wanted: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights that the class wants, under its own names, which differ between releases of transformers."""
+    own = _own(checkpoint)
+    state: dict[str, torch.Tensor] = {}
+    for name, expected in wanted.items():
+        stored = own.get(name.removeprefix(_PREFIX))
+        spec = None if stored is None else checkpoint.specs[stored]
+        if stored is None or spec is None or spec.shape != tuple(expected.shape) or spec.dtype not in FLOAT_CODES:
+            raise InputError("the vision encoder's weights do not fit its config", where=f"{checkpoint.label}: {name}",
+                             expected=list(expected.shape), found=spec or "no such tensor",
+                             remedy="fetch the encoder again")  # fmt: skip
+        state[name] = checkpoint.load(stored).float()
+    return state
+
+
+def _processor(checkpoint: Checkpoint, folder: Path) -> Any:
+    from transformers import AutoImageProcessor
+
+    where = f"{checkpoint.label}: {PROCESSOR}"
+    if PROCESSOR not in checkpoint.files:
+        raise InputError("the vision encoder has no image processor", where=where, expected=PROCESSOR,
+                         remedy="put that of the encoder beside its weights")  # fmt: skip
+    try:
+        # of the two that transformers has, the one that is always there: the same pixels with and without torchvision
+        return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    except Exception as error:  # transformers raises what it likes here
+        raise InputError("transformers does not read the image processor", where=where,
+                         found=_first_line(error),
+                         remedy="fetch the encoder again") from None  # fmt: skip
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]
