@@ -11,6 +11,7 @@ from regraft.cli.console import human_bytes, print_json
 from regraft.cli.options import Json, RecipeName, Set, Threads, validated
 
 if TYPE_CHECKING:
+    from regraft.core.patch import Outline
     from regraft.core.plan import Plan
     from regraft.core.verify import Finding
 
@@ -67,6 +68,7 @@ def as_document(made: Plan, disk: int) -> dict[str, Any]:
                 "removed": sorted(step.outline.removals),
                 "renamed": dict(step.outline.renames),
                 "json": {name: dict(change) for name, change in step.outline.json.items()},
+                "undecided": {name: sorted(keys) for name, keys in step.outline.undecided.items()},
                 "files": dict(step.outline.files),
                 "notes": list(step.outline.notes),
             }
@@ -89,8 +91,8 @@ def _print(made: Plan, document: dict[str, Any], *, tensors: bool) -> None:
     print(f"{made.recipe.name}: {made.base.label}, {len(made.base.tensors)} tensors")
     for step in made.steps:
         print(f"  {step.id}: {step.transformation.summary}")
-        for name, change in step.outline.json.items():
-            print(f"    {name}: {', '.join(change)}")
+        for name in dict.fromkeys([*step.outline.json, *step.outline.undecided]):
+            print(f"    {name}: {', '.join(_keys(step.outline, name))}")
         for note in step.outline.notes:
             print(f"    {note}")
     print("tensors: " + ", ".join(f"{len(names)} {kind}" for kind, names in made.changes.items()))
@@ -106,3 +108,10 @@ def _print(made: Plan, document: dict[str, Any], *, tensors: bool) -> None:
     )
     print(f"output: {exactly} {made.output_bytes} bytes ({human_bytes(made.output_bytes)}): {files}")
     print(f"needs: {human_bytes(document['disk_bytes'])} of disk, at most {human_bytes(made.memory_bytes)} of memory")
+
+
+def _keys(outline: Outline, name: str) -> list[str]:
+    """What a step changes in a JSON file."""
+    open_ = outline.undecided.get(name, frozenset())
+    known = [key for key in outline.json.get(name, {}) if key not in open_]
+    return [*known, *(f"{key} (known after the run)" for key in sorted(open_))]

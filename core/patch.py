@@ -68,6 +68,8 @@ class Outline:
         files: names and sizes in bytes of the files it adds or replaces (size None: known only after the run).
         notes: sentences for the plan.
         exact: False where data decides a shape and the specs are upper bounds.
+        undecided: by JSON file, the top-level keys whose values are known only after the run; `json` may say what the
+            plan assumes of them until then.
         workspace_bytes: host memory the step itself needs beside the writer's, at its peak.
         scratch_bytes: disk the step itself needs beside the output, such as for its saved state.
     """
@@ -80,6 +82,7 @@ class Outline:
     dropped: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     exact: bool = True
+    undecided: Mapping[str, frozenset[str]] = field(default_factory=dict)
     workspace_bytes: int = 0
     scratch_bytes: int = 0
 
@@ -99,8 +102,10 @@ class Outline:
     def deviations(self, patch: Patch) -> list[str]:
         """Where `patch` is not what this outline promised; empty when it keeps its word."""
         actual = Outline.of(patch)
-        names = ("removals", "renames", "json", "dropped")
+        names = ("removals", "renames", "dropped")
         differing = [name for name in names if getattr(self, name) != getattr(actual, name)]
+        if self._decided(self.json) != self._decided(actual.json):
+            differing.append("json")
         if not self._keeps_specs(actual.specs):
             differing.append("specs")
         sizes = {name: size for name, size in actual.files.items() if self.files.get(name, size) is not None}
@@ -108,6 +113,14 @@ class Outline:
         if set(self.files) != set(actual.files) or (self.exact and promised != sizes):
             differing.append("files")
         return differing
+
+    def _decided(self, json: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The changes of JSON files that the plan knows; a file of which it knows none is left out."""
+        kept = {
+            name: {key: value for key, value in change.items() if key not in self.undecided.get(name, ())}
+            for name, change in json.items()
+        }
+        return {name: change for name, change in kept.items() if change}
 
     def _keeps_specs(self, actual: Mapping[str, TensorSpec]) -> bool:
         """Whether the tensors are those promised; where data decides a shape, whether none is larger."""

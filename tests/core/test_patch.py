@@ -253,6 +253,14 @@ def test_an_upper_bound_may_be_kept_and_not_passed(edits, names):
     assert outline.deviations(Patch(edits=edits, files=files)) == names
 
 
+def test_undecided_keys_may_come_with_any_value_or_not_at_all():
+    outline = Outline(json={"c.json": {"a": 1, "b": 2}}, undecided={"c.json": frozenset("bc")})
+    for change in ({"a": 1}, {"a": 1, "b": 5}, {"a": 1, "c": {"d": 6}}):
+        assert outline.deviations(Patch(json={"c.json": change})) == []
+    for change in ({"a": 2}, {"b": 2}, {"a": 1, "e": 1}):
+        assert outline.deviations(Patch(json={"c.json": change})) == ["json"]
+
+
 def test_a_file_of_unknown_size_may_have_any_but_must_come():
     outline = Outline(files={"x": None})
     assert outline.deviations(Patch(files={"x": FileRef(data=b"123")})) == []
