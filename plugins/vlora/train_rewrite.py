@@ -1,0 +1,128 @@
+"""What `vlora-train` changes and costs: from headers, configs and parameters. Light: no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+from regraft.core.architectures import Architecture, architecture_of
+from regraft.core.checkpoint import Checkpoint
+from regraft.core.data.load import check_sources
+from regraft.core.errors import UsageError
+from regraft.core.host import host
+from regraft.core.patch import Outline
+from regraft.core.training.footprint import state_bytes, training_bytes
+from regraft.core.training.whole import learnable, refuse_quantised
+from regraft.plugins.vlora.folder import GeneratorFolder, open_generator
+from regraft.plugins.vlora.places import check_model
+from regraft.plugins.vlora.settings import GeneratorSettings, settings_for
+from regraft.plugins.vlora.train_data import check_files
+from regraft.plugins.vlora.train_own import OWN_CONFIG, OWN_WEIGHTS, config_change, own_generator, own_settings
+from regraft.plugins.vlora.train_params import NewGenerator, VloraTrainParams
+from regraft.plugins.vlora.train_pictures import sight_of, tower_for
+
+_USUAL_TOKENS = 512
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What learns, for which model.
+
+    Args:
+        architecture: of the language model.
+        settings: of the generator.
+        source: opens the generator to go on with; None for a new one.
+        notes: where it comes from, in words.
+    """
+
+    architecture: Architecture
+    settings: GeneratorSettings
+    source: Callable[[], GeneratorFolder] | None
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, params: VloraTrainParams) -> Aim:
+        """From headers, configs and parameters.
+
+        Raises:
+            InputError: a generator, a file of features or the config of the vision encoder is not valid.
+            Unsupported: the model does not keep its projections where deltas could act.
+            UsageError: sizes contradict each other or the model.
+        """
+        architecture = architecture_of(checkpoint.config, checkpoint.specs, families=host().architectures())
+        own = own_settings(checkpoint) if params.generator is None and params.new is None else None
+        if own is None and params.generator is None:
+            settings = _new(architecture, params)
+            return cls(architecture, settings, None, (f"a new generator: {_words(settings)}",))
+        if own is not None:
+            settings, source = own, lambda: _found(own_generator(checkpoint))
+            label = "the generator of an earlier step"
+        else:
+            folder = open_generator(str(params.generator))
+            settings, source, label = folder.settings, lambda: folder, f"generator {folder.label}"
+        check_model(settings, architecture, label)
+        if params.vision is not None:
+            tower_for(params, settings)
+        return cls(architecture, settings, source, (f"{label} goes on: {_words(settings)}",))
+
+
+def check(checkpoint: Checkpoint, params: VloraTrainParams) -> None:
+    """Refuse what headers and parameters show to be impossible; see `VloraTrain.check`."""
+    if params.train == "both":
+        refuse_quantised(checkpoint)
+    for settings in (params.data, params.held_out):
+        if settings is not None:
+            check_sources(settings)
+            check_files(settings)
+    if params.images is not None and not params.images.is_dir():
+        raise UsageError("there is no such folder", where="images", found=params.images, remedy="check the path")
+
+
+def outline(checkpoint: Checkpoint, params: VloraTrainParams) -> Outline:
+    """The generator's files and, in the second stage, every weight of the language model."""
+    aim = Aim.of(checkpoint, params)
+    specs = learnable(checkpoint) if params.train == "both" else {}
+    generator = aim.settings.num_parameters
+    learnt = generator + sum(prod(spec.shape) for spec in specs.values())
+    change = config_change(checkpoint, aim.settings)
+    return Outline(
+        specs=specs,
+        json={OWN_CONFIG: change} if change else {},
+        files={OWN_WEIGHTS: None},
+        notes=aim.notes,
+        workspace_bytes=generator * _FP32
+        + training_bytes(checkpoint, learnt, tokens=params.micro_batch * (params.data.max_tokens or _USUAL_TOKENS)),
+        scratch_bytes=state_bytes(learnt) + generator * _FP32,
+    )
+
+
+def _new(architecture: Architecture, params: VloraTrainParams) -> GeneratorSettings:
+    sizes = params.new or NewGenerator()
+    given = sizes.model_dump(exclude={"types", "every", "separate"})
+    sight = sight_of(params)
+    return settings_for(
+        architecture,
+        types=sizes.types,
+        skip_layers=sizes.every,
+        weights_sep=sizes.separate,
+        visual_dim=sight.width,
+        pos_num=sight.patches,
+        vision_tower=sight.tower,
+        select_layer=sight.select_layer,
+        **given,
+    )
+
+
+def _found(folder: GeneratorFolder | None) -> GeneratorFolder:
+    assert folder is not None, "the checkpoint of the run is that of the plan"
+    return folder
+
+
+def _words(settings: GeneratorSettings) -> str:
+    layers = len(settings.active_layers)
+    return (
+        f"{settings.num_parameters} numbers, rank {settings.rank}, types {settings.types} of {layers} "
+        f"of {settings.num_layers} layers, {settings.pos_num} features of width {settings.visual_dim} an image"
+    )

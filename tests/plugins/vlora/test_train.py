@@ -1,0 +1,168 @@
+"""A generator learns what pictures say; the language model stays, or learns too."""
+
+import json
+
+import pytest
+import torch
+
+from regraft.core.architectures import architecture_of
+from regraft.core.data.batches import collate
+from regraft.core.data.encode import Encoder
+from regraft.core.data.records import Completion
+from regraft.core.data.rows import Place
+from regraft.core.errors import InputError, UsageError
+from regraft.core.sources.open import open_checkpoint
+from regraft.core.training.model import materialise_model, materialise_tokenizer
+from regraft.plugins.vlora.train_attach import Attached
+from regraft.plugins.vlora.train_own import OWN_WEIGHTS, own_generator
+from tests.checkpoints import same_bits
+from tests.plugins.vlora.train_support import WORDS, learn, loaded, params, rows, write, write_features
+
+
+@pytest.fixture
+def lesson(tmp_path):
+    """A folder with rows and features."""
+    write(tmp_path / "rows.jsonl", rows())
+    write_features(tmp_path / "features.safetensors")
+    return tmp_path
+
+
+@pytest.fixture
+def llama(tiny_folder):
+    return tiny_folder("llama")
+
+
+def answers(checkpoint, pictures):
+    """For each word, whether the model says it where it sees that word's picture."""
+    found, tokenizer = own_generator(checkpoint), materialise_tokenizer(checkpoint)
+    generator, model = found.load(), materialise_model(checkpoint)
+    examples = [Encoder(tokenizer).encode(Completion("colour?", word), Place("x", 1)) for word in WORDS]
+    batch = collate(examples, (0, 1, 2))
+    keys = [(kind, layer) for kind in found.settings.types for layer in found.settings.active_layers]
+    attached = Attached(model, architecture_of(checkpoint.config, checkpoint.specs), keys, generator.scale)
+    with torch.no_grad(), attached.attached():
+        attached.see(generator(pictures), torch.arange(len(pictures)))
+        said = model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1].argmax(-1)
+    labels = batch.labels[:, 1:]
+    return ((said == labels) | (labels < 0)).all(1).tolist()
+
+
+def test_the_generator_learns_to_tell_pictures_apart_and_nothing_else_changes(llama, lesson):
+    patch, result = learn(llama, params(lesson, epochs=150))
+    assert patch.edits == {}
+    assert list(patch.files) == [OWN_WEIGHTS]
+    assert patch.metrics["first_loss"] > 5
+    assert patch.metrics["learnt_numbers"] == patch.metrics["generator_numbers"]
+    features = [own_features(lesson, word) for word in WORDS]
+    assert answers(result, torch.stack(features)) == [True] * 3
+    assert answers(result, torch.stack(features[1:] + features[:1])) == [False] * 3, "not by the question"
+
+
+def own_features(folder, word):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "features.safetensors")[word]
+
+
+def test_in_the_first_stage_the_generator_alone_learns_and_in_the_second_all(llama, lesson):
+    base = open_checkpoint(llama)
+    patch, seeing = learn(llama, params(lesson, held_out={"source": str(lesson / "rows.jsonl")}))
+    assert same_bits(loaded(seeing), loaded(base))
+    generator = own_generator(seeing).load().state_dict()
+    assert patch.metrics["held_out"]["loss_after"] < patch.metrics["held_out"]["loss_before"]
+    both, result = learn(seeing, params(lesson, new=None, train="both", lr=1e-3))
+    assert "goes on" in both.notes[0]
+    assert both.metrics["first_loss"] == pytest.approx(patch.metrics["held_out"]["loss_after"], rel=1e-5)
+    assert set(both.edits) == set(base.specs)
+    moved = [name for name, value in loaded(result).items() if not torch.equal(value, base.load(name))]
+    assert set(moved) == set(base.specs), "embeddings and norms too"
+    later = own_generator(result).load().state_dict()
+    assert not any(torch.equal(later[name], generator[name]) for name in generator if not name.endswith("in_proj_bias"))
+
+
+def test_text_alone_teaches_a_generator_nothing(llama, lesson):
+    write(lesson / "text.jsonl", [{"prompt": "1+1=", "answer": "2"}] * 4)
+    fresh, _ = learn(llama, params(lesson, lr=0.0, steps=1))
+    patch, _ = learn(llama, params(lesson, data=lesson / "text.jsonl"))
+    assert patch.files[OWN_WEIGHTS].data == fresh.files[OWN_WEIGHTS].data
+    assert patch.metrics["data"]["sequences_without_picture"] == 4
+    assert patch.metrics["final_loss"] == patch.metrics["first_loss"]
+
+
+def test_how_a_step_is_cut_into_pieces_does_not_matter(llama, lesson):
+    whole, _ = learn(llama, params(lesson))
+    pieces, _ = learn(llama, params(lesson, micro_batch=1))
+    assert pieces.metrics["final_loss"] == pytest.approx(whole.metrics["final_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["generator", "both"])
+def test_a_training_that_was_broken_off_ends_with_the_same_bytes(stage, llama, lesson, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killing(tell):
+        def listen(progress):
+            if progress.step == 3:
+                raise Killed
+
+        return listen
+
+    given = params(lesson, train=stage, learning={"save_every": 2})
+    whole, expected = learn(llama, given)
+    with monkeypatch.context() as patched:
+        patched.setattr("regraft.plugins.vlora.train_fit.telling", killing)
+        with pytest.raises(Killed):
+            learn(llama, given, state=tmp_path / "state")
+    assert list((tmp_path / "state").rglob("state.safetensors"))
+    resumed, result = learn(llama, given, state=tmp_path / "state")
+    assert resumed.files[OWN_WEIGHTS].data == whole.files[OWN_WEIGHTS].data
+    assert same_bits(loaded(result), loaded(expected))
+    assert resumed.reports["losses.jsonl"] == whole.reports["losses.jsonl"]
+    write(lesson / "rows.jsonl", rows()[::-1])
+    with pytest.raises(UsageError, match="the saved state belongs to another recipe"):
+        learn(llama, given, state=tmp_path / "state")
+
+
+def test_a_generator_of_a_folder_goes_on(llama, lesson, tmp_path):
+    first, _ = learn(llama, params(lesson, held_out={"source": str(lesson / "rows.jsonl")}))
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(first.files[OWN_WEIGHTS].data)
+    (folder / "config.json").write_text(json.dumps(first.json["vlora/config.json"]))
+    second, _ = learn(llama, params(lesson, generator=folder))
+    assert second.metrics["first_loss"] == pytest.approx(first.metrics["held_out"]["loss_after"], rel=1e-5)
+
+
+def test_a_generator_for_another_model_is_refused(llama, lesson, tiny_folder):
+    _, seeing = learn(llama, params(lesson, steps=1))
+    other = open_checkpoint(tiny_folder("llama-wide-heads"))
+    files = {**other.files, **{name: file for name, file in seeing.files.items() if name.startswith("vlora/")}}
+    other.__dict__["files"] = files
+    with pytest.raises(InputError, match="was made for another model"):
+        learn(other, params(lesson, new=None))
+
+
+BAD_ROWS = {
+    "no such image": ({"prompt": "a", "answer": "b", "image": "none.png"}, InputError, "rows.jsonl:5.*no such image"),
+    "outside": ({"prompt": "a", "answer": "b", "image": "../x.png"}, InputError, "outside of the folder of images"),
+    "two": ({"prompt": "a", "answer": "b", "image": "x", "features": "red"}, InputError, "both an image and features"),
+    "list": ({"prompt": "a", "answer": "b", "image": ["x"]}, InputError, "the path of one image"),
+    "no such features": ({"prompt": "a", "answer": "b", "features": "pink"}, InputError, "no such features"),
+    "no answer": ({"prompt": "a", "features": "red"}, InputError, "rows.jsonl:5.*answer is missing"),
+}
+
+
+@pytest.mark.parametrize(("row", "kind", "words"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_a_row_that_cannot_be_used_is_named(row, kind, words, llama, lesson):
+    write(lesson / "rows.jsonl", [*rows(), row])
+    with pytest.raises(kind) as caught:
+        learn(llama, params(lesson, steps=1))
+    assert_words(words, caught.value)
+    patch, _ = learn(llama, params(lesson, steps=1, data={"source": lesson / "rows.jsonl", "max_bad_rows": 1}))
+    assert patch.metrics["data"]["bad_rows"] == 1
+
+
+def assert_words(pattern, error):
+    import re
+
+    assert re.search(pattern, str(error).replace("\n", " ")), str(error)
