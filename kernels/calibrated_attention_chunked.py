@@ -17,13 +17,13 @@ The file needs torch alone: it is also the body of the modeling file that checkp
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-PIECE_ELEMENTS = 1 << 20
-"""Weights of a piece, all heads together: 4 MB in fp32, or 32 rows."""
-_MOST_ROWS, _FEW = 256, 16
+PIECE_ELEMENTS = 1 << 21
+"""Weights of a piece, all its heads together: 8 MB in fp32, or 32 rows; half or double is slower by a tenth."""
+_MOST_ROWS, _ROWS, _FEW = 256, 128, 16
 _TOO_LITTLE, _CANCELS = 1e-20, 0.03
 """Where less than the second is left beside the sinks it is summed anew: 1 - s has lost its digits."""
 
@@ -46,9 +46,8 @@ class Memory(NamedTuple):
         sums: c [B, H, K], fp32 or wider.
         counts: n [B, K].
         mass: [B, H] sums of s over the real rows; divided by `real` the mean weight on sinks.
-        real: [B] real rows so far.
         sinks: Z [B, H, K] of the scope `prompt`; None of the other.
-        rows: rows so far, padding included.
+        real, rows: rows so far, [B] without and with padding.
     """
 
     sums: torch.Tensor
@@ -59,14 +58,16 @@ class Memory(NamedTuple):
     rows: int
 
 
+Mixed = tuple[torch.Tensor, Memory]
+
+
 class Sight:
     """Which keys rows see. Rows stand at the positions `offset`, `offset` + 1, ... of the keys."""
 
     def __init__(
         self, padding: torch.Tensor | None, mask: torch.Tensor | None, offset: int, keys: torch.Tensor
     ) -> None:
-        self.padding, self.mask, self.offset, self.device = padding, mask, offset, keys.device
-        self.batch = keys.shape[0]
+        self.padding, self.mask, self.offset, self.device, self.batch = padding, mask, offset, keys.device, len(keys)
         self.ranks = None if padding is None else padding.cumsum(-1)
 
     def first(self) -> torch.Tensor:
@@ -92,8 +93,7 @@ class Sight:
         """[B, m] 1 for rows that are no padding."""
         positions = torch.arange(self.offset + start, self.offset + stop, device=self.device)
         if self.mask is not None:
-            rows = torch.arange(start, stop, device=self.device)
-            return _seen(self.mask[:, 0, rows, positions]).expand(self.batch, -1)
+            return _seen(self.mask[:, 0, positions - self.offset, positions]).expand(self.batch, -1)
         if self.padding is not None:
             return self.padding[:, positions]
         return torch.ones(1, 1, dtype=torch.bool, device=self.device).expand(self.batch, stop - start)
@@ -119,52 +119,62 @@ class Sight:
 
 
 def calibrated_chunked(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    calibration: Calibration,
-    *,
-    padding: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
-    offset: int = 0,
-    scale: float | None = None,
-    softcap: float | None = None,
-    memory: Memory | None = None,
-    rows: int | None = None,
-) -> tuple[torch.Tensor, Memory]:
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, calibration: Calibration, *,
+    padding: torch.Tensor | None = None, mask: torch.Tensor | None = None, offset: int = 0,
+    scale: float | None = None, softcap: float | None = None, memory: Memory | None = None, rows: int | None = None,
+) -> Mixed:  # fmt: skip
     """Calibrated causal attention of all given heads, and what the rows that follow need.
 
     Args:
-        query: [B, H, L, d].
-        key: [B, G, K, d], rotated as the queries; keys behind the last row are not looked at.
-        value: [B, G, K, e].
+        query, key, value: [B, H, L, d], [B, G, K, d] rotated as the queries, [B, G, K, e]; what stands behind the last
+            row is not looked at.
         calibration: sinks and their share.
         padding: [B, K] True for real keys; a row is real if the key at its own position is.
         mask: instead of `padding`, [B or 1, 1, L, K]: True is seen, or numbers to add (the least number hides).
         offset: position of the first row among the keys.
-        scale: of the scores; None takes 1 / sqrt(d).
-        softcap: c of c tanh(score / c).
+        scale, softcap: of the scores, None takes 1 / sqrt(d); c of c tanh(score / c).
         memory: of the rows before; needed for `offset` above 0.
         rows: of a piece; by default what `PIECE_ELEMENTS` allows.
 
     Returns:
         [B, H, L, e] in the dtype of `value`, and the memory after these rows.
     """
-    batch, heads, length, width = query.shape
-    keys = key.shape[2]
+    (batch, heads, length, width), keys = query.shape, key.shape[2]
     wide = torch.promote_types(value.dtype, torch.float32)
+    share = max(1, PIECE_ELEMENTS // (batch * heads // key.shape[1] * keys * min(_ROWS, length)))
+    if share < key.shape[1] and rows is None:  # fewer heads at a time rather than fewer rows
+        options = {"padding": padding, "mask": mask, "offset": offset, "scale": scale, "softcap": softcap}
+        return _in_turn(query, key, value, calibration, memory, share, **options)
     sight = Sight(padding, mask, offset, key)
     memory = grown(memory, batch, heads, keys, wide, key.device)
-    work = Work(query, key.to(wide), value.to(wide), sight, width**-0.5 if scale is None else scale, softcap)
+    scale = width**-0.5 if scale is None else scale
     size = rows or min(_MOST_ROWS, max(32, PIECE_ELEMENTS // (batch * heads * keys)))
-    if not (torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))):
-        # fresh memory for every piece takes a third more time: 3.2 for 2.1 ms for the scores of 2 x 256 x 4096
-        room = key.new_empty(2, batch * heads * min(size, length) * min(keys, offset + length), dtype=wide)
-        work = work._replace(room=room)
+    learns = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
+    most = batch * heads * min(size, length) * min(keys, offset + length)
+    # fresh memory for every piece takes a third more time: 3.2 for 2.1 ms for the scores of 2 x 256 x 4096
+    room = None if learns else key.new_empty(2, most, dtype=wide)
+    work = Work(query, key.to(wide), value.to(wide), sight, scale, softcap, room)
     edges = [(start, min(start + size, length)) for start in range(0, length, size)]
-    sweep = _causal if calibration.causal else _prompt
-    outputs, memory = sweep(work, calibration, memory, edges)
+    outputs, memory = (_causal if calibration.causal else _prompt)(work, calibration, memory, edges)
     return outputs.to(value.dtype), memory._replace(rows=offset + length)
+
+
+def _in_turn(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, calibration: Calibration, memory: Memory | None,
+    share: int, **options: Any,
+) -> Mixed:  # fmt: skip
+    """`calibrated_chunked` of `share` key heads after another."""
+    each, parts = query.shape[1] // key.shape[1], []
+    for start in range(0, key.shape[1], share):
+        groups, own = slice(start, start + share), slice(start * each, (start + share) * each)
+        if memory is not None:
+            sinks = None if memory.sinks is None else memory.sinks[:, own]
+            options["memory"] = memory._replace(sums=memory.sums[:, own], mass=memory.mass[:, own], sinks=sinks)
+        parts.append(calibrated_chunked(query[:, own], key[:, groups], value[:, groups], calibration, **options))
+    outputs, memories = zip(*parts, strict=True)
+    sums, mass = (torch.cat([getattr(one, name) for one in memories], 1) for name in ("sums", "mass"))
+    sinks = None if calibration.causal else torch.cat([one.sinks for one in memories], 1)
+    return torch.cat(outputs, 1), memories[0]._replace(sums=sums, mass=mass, sinks=sinks)
 
 
 class Work(NamedTuple):
@@ -226,24 +236,19 @@ def grown(memory: Memory | None, batch: int, heads: int, keys: int, dtype: torch
     if memory is None:
         zeros = torch.zeros(batch, heads, keys, dtype=dtype, device=device)
         return Memory(zeros, zeros[:, 0].clone(), zeros[..., 0].clone(), zeros[:, 0, 0].clone(), None, 0)
-    more = keys - memory.sums.shape[-1]
-    grow = torch.nn.functional.pad
+    more, grow = keys - memory.sums.shape[-1], torch.nn.functional.pad
     sinks = None if memory.sinks is None else grow(memory.sinks, (0, more))
     return memory._replace(sums=grow(memory.sums, (0, more)), counts=grow(memory.counts, (0, more)), sinks=sinks)
 
 
-def _causal(
-    work: Work, calibration: Calibration, memory: Memory, edges: list[tuple[int, int]]
-) -> tuple[torch.Tensor, Memory]:
+def _causal(work: Work, calibration: Calibration, memory: Memory, edges: list[tuple[int, int]]) -> Mixed:
     outputs, sums, counts, mass, real = [], memory.sums.clone(), memory.counts.clone(), memory.mass, memory.real
     for start, stop in edges:
         weights = work.weights(start, stop)
-        end = weights.shape[-1]
-        own = work.sight.real(start, stop).to(weights.dtype)
-        columns, total = _suspects(work.sight, weights.detach(), own, sums[..., :end], counts, calibration, start)
+        own, end = work.sight.real(start, stop).to(weights.dtype), weights.shape[-1]
+        columns, part, total = _suspects(work.sight, weights, own, sums[..., :end], counts, calibration, start)
         gain = None
         if len(columns):
-            part = weights[..., columns]
             known = sums[..., columns], counts[:, columns]
             sinks, _, _ = running_sinks(work.sight, part, columns, *known, calibration, start, stop)
             weights, gain, on_sinks = _redistributed(weights, columns, part, sinks, calibration.beta)
@@ -262,10 +267,7 @@ def running_sinks(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Z of every row [B, H, m, u] among some columns of A, and c and n of these columns [.., u] behind the last row.
 
-    Args:
-        part, columns: the columns [B, H, m, u] of A, and which they are.
-        sums, counts: c [B, H, u] and n [B, u] of the rows before.
-        sight, calibration, start, stop: what a sink is, and the rows.
+    `part` are those columns [B, H, m, u] of A, `sums` [B, H, u] and `counts` [B, u] their c and n of the rows before.
     """
     own = sight.real(start, stop).to(part.dtype)
     total = sums[:, :, None] + (part.detach() * own[:, None, :, None]).cumsum(2)
@@ -275,20 +277,17 @@ def running_sinks(
     return sinks, total[:, :, -1], number[:, -1]
 
 
-def _prompt(
-    work: Work, calibration: Calibration, memory: Memory, edges: list[tuple[int, int]]
-) -> tuple[torch.Tensor, Memory]:
+def _prompt(work: Work, calibration: Calibration, memory: Memory, edges: list[tuple[int, int]]) -> Mixed:
     length = work.query.shape[2]
     if length == 1 and memory.sinks is not None:
         return _decoded(work, calibration, memory)
     outputs, normalisers = [], []
-    sums, counts, real = memory.sums.clone(), memory.counts.clone(), memory.real
+    sums, counts, mass, real = memory.sums.clone(), memory.counts.clone(), memory.mass, memory.real
     for start, stop in edges:
         scores = work.scores(start, stop)
         weights = work.weights(start, stop, scores)
         normalisers.append((scores.amax(-1) - weights.amax(-1).log()).detach())
-        own = work.sight.real(start, stop).to(weights.dtype)
-        end = weights.shape[-1]
+        own, end = work.sight.real(start, stop).to(weights.dtype), weights.shape[-1]
         sums[..., :end] += (own[:, None, None] @ weights.detach())[:, :, 0]
         counts[:, :end] += _count(work.sight, start, stop, end, counts.dtype)
         real = real + own.sum(-1)
@@ -297,7 +296,6 @@ def _prompt(
     keys = torch.arange(sums.shape[-1], device=sums.device)
     sinks = sinks_of(sums, counts[:, None], threshold, keys, work.sight.first()[:, None, None], calibration)
     columns = sinks.flatten(0, 1).any(0).nonzero()[:, 0]
-    mass = memory.mass
     for number, (start, stop) in enumerate(edges):
         near = columns[columns < work.sight.offset + stop]
         if len(near):
@@ -328,13 +326,13 @@ def corrected(
     return gain[..., None] * output + (beta - gain)[..., None] * mixed, on_sinks
 
 
-def _decoded(work: Work, calibration: Calibration, memory: Memory) -> tuple[torch.Tensor, Memory]:
+def _decoded(work: Work, calibration: Calibration, memory: Memory) -> Mixed:
     assert memory.sinks is not None
     weights = work.weights(0, 1)
     sinks = memory.sinks[..., : weights.shape[-1]]
     columns = sinks.flatten(0, 1).any(0).nonzero()[:, 0]
-    part = weights[..., columns]
-    weights, gain, _ = _redistributed(weights, columns, part, sinks[:, :, None, columns], calibration.beta)
+    chosen = sinks[:, :, None, columns]
+    weights, gain, _ = _redistributed(weights, columns, weights[..., columns], chosen, calibration.beta)
     return work.mixed(weights) * gain[..., None], memory
 
 
@@ -363,24 +361,26 @@ def threshold_of(calibration: Calibration, sight: Sight, start: int, stop: int) 
 def _suspects(
     sight: Sight, weights: torch.Tensor, own: torch.Tensor, sums: torch.Tensor, counts: torch.Tensor,
     calibration: Calibration, start: int,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Columns that may be sinks in some row, never too few; and c [B, H, keys] behind the last row.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Columns that may be sinks in some row, never too few; those of A; and c [B, H, keys] behind the last row.
 
-    Of every few rows, c up to the last is held against what it takes with the rows before the first.
+    c behind the last row is held against what the rows before the first ask for; of many columns, every few rows'.
     """
     rows, end = weights.shape[-2:]
+    total = sums + (own[:, None, None] @ weights.detach())[:, :, 0]
+    threshold, least = threshold_of(calibration, sight, start, start + rows).amin(), max(calibration.min_queries, 1)
+    passed = total > (threshold * counts[:, :end].clamp_min(least))[:, None]
+    columns = passed.flatten(0, 1).any(0).nonzero()[:, 0]
+    part = weights[..., columns]
+    if len(columns) <= _FEW:
+        return columns, part, total
     numbers = torch.arange(rows, device=weights.device)
     member = (numbers // _FEW == numbers[::_FEW, None] // _FEW).to(weights.dtype)
-    reached = sums[:, :, None] + ((member * own[:, None])[:, None] @ weights).cumsum(2)
-    columns = torch.arange(end, device=weights.device)
-    if sight.mask is None and sight.padding is None:
-        before = (sight.offset + start + numbers[::_FEW, None] - columns)[None].to(weights.dtype)
-    else:
-        seen = member @ sight.counted(start, start + rows, columns).to(weights.dtype)
-        before = counts[:, None, :end] + seen.cumsum(1) - seen
-    threshold = threshold_of(calibration, sight, start, start + rows).amin()
-    least = threshold * before.clamp_min(max(calibration.min_queries, 1))
-    return (reached > least[:, None]).flatten(0, 2).any(0).nonzero()[:, 0], reached[:, :, -1]
+    reached = sums[:, :, None, columns] + ((member * own[:, None])[:, None] @ part.detach()).cumsum(2)
+    seen = member @ sight.counted(start, start + rows, columns).to(weights.dtype)
+    before = counts[:, None, columns] + seen.cumsum(1) - seen
+    passed = (reached > (threshold * before.clamp_min(least))[:, None]).flatten(0, 2).any(0)
+    return columns[passed], part[..., passed], total
 
 
 def sinks_of(

@@ -239,6 +239,31 @@ def test_gradients_flow_with_the_sinks_held():
             assert (one - other).abs().max() < 1e-10
 
 
+def test_heads_in_turn_are_heads_at_once(monkeypatch):
+    """Where not all fit, some heads go first; grouped, over two calls whose memory is handed on, gradients included."""
+    padding = padding_of("left", 2, 40)
+    query, key, value = operands(40, heads=8, groups=4)
+    query[..., 20:, :] += key[:, :1, 20:]  # more columns than are looked at one by one
+    for calibration in CALIBRATIONS:
+        both = []
+        for elements in (chunked.PIECE_ELEMENTS, 64):
+            monkeypatch.setattr(chunked, "PIECE_ELEMENTS", elements)
+            some = [one.clone().requires_grad_() for one in (query, key, value)]
+            first, memory = calibrated_attention(
+                *(one[:, :, :33] for one in some), calibration, padding=padding[:, :33]
+            )
+            last, after = calibrated_attention(
+                some[0][:, :, 33:], *some[1:], calibration, padding=padding, offset=33, memory=memory
+            )
+            whole = torch.cat([first, last], 2) * padding[:, None, :, None]
+            gradients = torch.autograd.grad(whole.square().sum(), some)
+            both.append([whole, *gradients, after.sums, after.mass, after.counts.expand(2, -1), after.real.expand(2)])
+            both[-1].append(torch.zeros(1) if calibration.causal else after.sinks.double())
+        for one, other in zip(*both, strict=True):
+            assert one.shape == other.shape
+            assert (one - other).abs().max() < 1e-10
+
+
 def test_nothing_of_size_rows_times_keys_is_held(monkeypatch):
     """The largest tensor that any operation makes is room for a piece's scores and weights."""
     from torch.utils._python_dispatch import TorchDispatchMode
