@@ -117,4 +117,4 @@ def _print(report: ApplyReport) -> None:
 
 
 def _trust(report: ApplyReport) -> str:
-    return ", trust_remote_code=True" if "auto_map" in report.plan.result.config else ""
+    return ", trust_remote_code=True" if report.brings_code else ""

@@ -68,6 +68,7 @@ def as_document(made: Plan, disk: int) -> dict[str, Any]:
                 "removed": sorted(step.outline.removals),
                 "renamed": dict(step.outline.renames),
                 "json": {name: dict(change) for name, change in step.outline.json.items()},
+                "or_nothing": step.outline.or_nothing,
                 "undecided": {name: sorted(keys) for name, keys in step.outline.undecided.items()},
                 "files": dict(step.outline.files),
                 "notes": list(step.outline.notes),

@@ -76,7 +76,7 @@ class Events:
 
 @dataclass(frozen=True)
 class ApplyReport:
-    """The result of a run."""
+    """The result of a run. `brings_code` says that the output has a model class of its own."""
 
     target: Path
     plan: Plan
@@ -87,6 +87,7 @@ class ApplyReport:
     verified: str
     findings: tuple[Finding, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    brings_code: bool = False
 
 
 def prepare(recipe: Recipe, host: Host, options: ApplyOptions) -> tuple[Plan, list[Finding]]:
@@ -136,7 +137,8 @@ def apply(recipe: Recipe, target: Path, host: Host, options: ApplyOptions, event
     ours.announce(DONE)
     ours.part()
     seconds = time.monotonic() - started
-    return ApplyReport(target, plan, ran.patches, written, size, seconds, verified, tuple(findings), ran.notes)
+    code = "auto_map" in ran.result.config
+    return ApplyReport(target, plan, ran.patches, written, size, seconds, verified, tuple(findings), ran.notes, code)
 
 
 def attend(recipe: Recipe, target: Path, host: Host, options: ApplyOptions) -> None:

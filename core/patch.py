@@ -57,6 +57,11 @@ class Patch:
     notes: tuple[str, ...] = ()
     reports: Mapping[str, FileRef] = field(default_factory=dict)
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the checkpoint stays as it is; metrics, notes and reports may say why."""
+        return not (self.edits or self.removals or self.renames or self.json or self.files or self.dropped)
+
 
 @dataclass(frozen=True)
 class Outline:
@@ -70,6 +75,7 @@ class Outline:
         exact: False where data decides a shape and the specs are upper bounds.
         undecided: by JSON file, the top-level keys whose values are known only after the run; `json` may say what the
             plan assumes of them until then.
+        or_nothing: whether data may decide that the step changes nothing at all, so that the patch is empty.
         workspace_bytes: host memory the step itself needs beside the writer's, at its peak.
         scratch_bytes: disk the step itself needs beside the output, such as for its saved state.
     """
@@ -83,6 +89,7 @@ class Outline:
     notes: tuple[str, ...] = ()
     exact: bool = True
     undecided: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    or_nothing: bool = False
     workspace_bytes: int = 0
     scratch_bytes: int = 0
 
@@ -101,6 +108,8 @@ class Outline:
 
     def deviations(self, patch: Patch) -> list[str]:
         """Where `patch` is not what this outline promised; empty when it keeps its word."""
+        if self.or_nothing and patch.changes_nothing:
+            return []
         actual = Outline.of(patch)
         names = ("removals", "renames", "dropped")
         differing = [name for name in names if getattr(self, name) != getattr(actual, name)]

@@ -95,8 +95,8 @@ class Plan:
 
     @property
     def exact(self) -> bool:
-        """Whether every step knew its shapes in advance; otherwise the sizes are upper bounds."""
-        return all(step.outline.exact for step in self.steps)
+        """Whether every step knew its shapes, and that it does something; otherwise the sizes are upper bounds."""
+        return all(step.outline.exact and not step.outline.or_nothing for step in self.steps)
 
     @property
     def computes(self) -> bool:

@@ -261,6 +261,15 @@ def test_undecided_keys_may_come_with_any_value_or_not_at_all():
         assert outline.deviations(Patch(json={"c.json": change})) == ["json"]
 
 
+def test_a_step_that_may_find_nothing_to_do_changes_all_or_nothing(below):
+    patch = outline_patch(below)
+    nothing = Patch(metrics={"x": 1}, notes=("none found",), reports={"x.json": FileRef(data=b"{}")})
+    assert Outline.of(patch).deviations(nothing)
+    outline = replace(Outline.of(patch), or_nothing=True)
+    assert outline.deviations(nothing) == outline.deviations(patch) == []
+    assert outline.deviations(replace(nothing, json=patch.json)) == ["removals", "renames", "dropped", "specs", "files"]
+
+
 def test_a_file_of_unknown_size_may_have_any_but_must_come():
     outline = Outline(files={"x": None})
     assert outline.deviations(Patch(files={"x": FileRef(data=b"123")})) == []
