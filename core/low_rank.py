@@ -55,6 +55,8 @@ class LowRankDelta(Operation):
         from regraft.kernels.low_rank_update import low_rank_update
 
         left, right = self.left.load(device).float(), self.right.load(device).float()
+        if not (left.any() and right.any()):
+            return lambda start, stop, rows: rows  # to the bit: a sum with zero would turn -0 into 0
         return lambda start, stop, rows: low_rank_update(rows, left[start:stop], right, self.scale)
 
     @classmethod

@@ -33,6 +33,13 @@ def test_same_bits_in_any_chunks(chunk_bytes):
     assert torch.equal(torch.cat(parts), expected)
 
 
+def test_a_delta_of_zero_leaves_every_bit():
+    base = MemoryTensor("w", torch.tensor([[-0.0, 1.0], [0.0, -2.0]]))
+    left, right = MemoryTensor("left", torch.zeros(2, 1)), MemoryTensor("right", torch.ones(1, 2))
+    after = ComputedTensor(base.spec, LowRankDelta("w", left, right, 1.0), (base,)).load()
+    assert torch.equal(after.signbit(), base.load().signbit())
+
+
 def test_is_row_local_and_counts_its_factors():
     tensor, _ = computed(rows=48, cols=80, rank=4)
     assert tensor.row_local
