@@ -65,16 +65,17 @@ class Attached:
         with ExitStack() as stack:
             stack.callback(self.look_away)
             for key, (module, rows) in self.places.items():
-                stack.callback(module.register_forward_hook(self._hook(key, rows)).remove)
+                stack.callback(module.register_forward_hook(self._hook(key, rows), with_kwargs=True).remove)
             yield
 
     def _hook(self, key: Key, rows: torch.Tensor | None) -> Callable[..., torch.Tensor | None]:
-        def added(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
+        def added(module: Any, inputs: Any, named: Mapping[str, Any], output: torch.Tensor) -> torch.Tensor | None:
             del module
             if self._seen is None:
                 return None
             A, B = self._seen[key]
-            change = (inputs[0] @ A.to(inputs[0].dtype)) @ (self.scale * B.T).to(inputs[0].dtype)
+            x = inputs[0] if inputs else next(iter(named.values()))
+            change = (x @ A.to(x.dtype)) @ (self.scale * B.T).to(x.dtype)
             if rows is None:
                 return output + change.to(output.dtype)
             return output.index_add(-1, rows, change.to(output.dtype))

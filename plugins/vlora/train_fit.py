@@ -30,10 +30,15 @@ from regraft.plugins.vlora.settings import GeneratorSettings
 from regraft.plugins.vlora.train_attach import Attached
 from regraft.plugins.vlora.train_data import ShownBatches, ShownData, load_shown
 from regraft.plugins.vlora.train_model import LANGUAGE, SeenAnswers, Sighted
-from regraft.plugins.vlora.train_own import OWN_CONFIG, OWN_WEIGHTS, config_change, weights_file
+from regraft.plugins.vlora.train_own import OWN, OWN_CONFIG, OWN_WEIGHTS, config_change, weights_file
 from regraft.plugins.vlora.train_params import VloraTrainParams
 from regraft.plugins.vlora.train_pictures import Pictures
 from regraft.plugins.vlora.train_rewrite import Aim
+
+HOW_TO_USE = (
+    f'the generator is in {OWN}/: a step with use = "vlora" and that folder as `generator` bakes an image into this '
+    "checkpoint"
+)
 
 
 @dataclass(frozen=True)
@@ -198,7 +203,7 @@ def _metrics(
 def _notes(report: Report, losses: Mapping[int, float]) -> list[str]:
     ended = ", stopped by stop_loss" if report.stopped else ""
     fall = f"loss {report.losses[0]:.4g} in the first, {report.final_loss:.4g} in the last"
-    notes = [f"{report.steps} steps{ended}: {fall}"]
+    notes = [f"{report.steps} steps{ended}: {fall}", HOW_TO_USE]
     if losses:
         notes.append(f"held-out loss {losses[0]:.4g} -> {losses[report.steps]:.4g}")
     return notes

@@ -1,9 +1,15 @@
 """A generator learns what pictures say; the language model stays, or learns too."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 
 from regraft.core.architectures import architecture_of
 from regraft.core.data.batches import collate
@@ -14,9 +20,23 @@ from regraft.core.errors import InputError, UsageError
 from regraft.core.sources.open import open_checkpoint
 from regraft.core.training.model import materialise_model, materialise_tokenizer
 from regraft.plugins.vlora.train_attach import Attached
-from regraft.plugins.vlora.train_own import OWN_WEIGHTS, own_generator
+from regraft.plugins.vlora.train_own import OWN_WEIGHTS, own_generator, own_settings
+from regraft.plugins.vlora.vision import open_tower
 from tests.checkpoints import same_bits
-from tests.plugins.vlora.train_support import WORDS, learn, loaded, params, rows, write, write_features
+from tests.plugins.vlora.train_ranks import both_stages
+from tests.plugins.vlora.train_support import (
+    WORDS,
+    draw,
+    learn,
+    loaded,
+    make_tower,
+    params,
+    rows,
+    write,
+    write_features,
+)
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -59,8 +79,6 @@ def test_the_generator_learns_to_tell_pictures_apart_and_nothing_else_changes(ll
 
 
 def own_features(folder, word):
-    from safetensors.torch import load_file
-
     return load_file(folder / "features.safetensors")[word]
 
 
@@ -142,6 +160,52 @@ def test_a_generator_for_another_model_is_refused(llama, lesson, tiny_folder):
         learn(other, params(lesson, new=None))
 
 
+@pytest.fixture
+def gallery(lesson):
+    """The folder with rows that name pictures, and a vision tower."""
+    make_tower(lesson / "tower")
+    draw(lesson)
+    told = [{"prompt": "<image>\ncolour?", "answer": word, "image": f"{word}.png"} for word in WORDS]
+    write(lesson / "images.jsonl", [*told, rows()[3]])
+    return lesson
+
+
+def test_images_teach_what_their_features_teach(llama, gallery):
+    seen, result = learn(llama, params(gallery, data=gallery / "images.jsonl", vision=gallery / "tower", features=None))
+    encoder = open_tower(str(gallery / "tower")).load()
+    save_file({word: encoder(gallery / f"{word}.png") for word in WORDS}, gallery / "of-tower.safetensors")
+    read, _ = learn(llama, params(gallery, features=gallery / "of-tower.safetensors"))
+    assert own_settings(result).vision_tower is None, "no path of this machine"
+    assert seen.metrics["data"]["digest"] == read.metrics["data"]["digest"], "the placeholder is gone"
+    assert seen.files[OWN_WEIGHTS].data == read.files[OWN_WEIGHTS].data
+
+
+def test_pictures_that_cannot_be_seen_are_refused(llama, gallery, tmp_path):
+    given = {"data": gallery / "images.jsonl", "features": None}
+    with pytest.raises(UsageError, match="needs something to see with"):
+        learn(llama, params(gallery, **given))
+    with pytest.raises(UsageError, match="the step has nothing to see it with"):
+        learn(llama, params(gallery, data=gallery / "images.jsonl"))
+    _, seeing = learn(llama, params(gallery, steps=1))
+    with pytest.raises(UsageError, match="features of another size than this vision encoder gives"):
+        learn(seeing, params(gallery, **given, new=None, vision=gallery / "tower"))
+    save_file({word: torch.zeros(3, 6) for word in WORDS}, tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="the generator reads features of another size"):
+        learn(seeing, params(gallery, new=None, features=tmp_path / "other.safetensors"))
+    (gallery / "red.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"images.jsonl:1: .*is no image"):
+        learn(llama, params(gallery, **given, vision=gallery / "tower"))
+
+
+def test_rows_without_answers_are_refused(llama, lesson):
+    write(lesson / "texts.jsonl", [{"text": "red", "features": "red"}])
+    with pytest.raises(UsageError, match="the rows have no answers"):
+        learn(llama, params(lesson, data=lesson / "texts.jsonl"))
+    for key, value in (("pack", True), ("learn", "all"), ("kind", "text")):
+        with pytest.raises(ValidationError, match=f"data.{key}"):
+            params(lesson, data={"source": lesson / "rows.jsonl", key: value})
+
+
 BAD_ROWS = {
     "no such image": ({"prompt": "a", "answer": "b", "image": "none.png"}, InputError, "rows.jsonl:5.*no such image"),
     "outside": ({"prompt": "a", "answer": "b", "image": "../x.png"}, InputError, "outside of the folder of images"),
@@ -166,3 +230,18 @@ def assert_words(pattern, error):
     import re
 
     assert re.search(pattern, str(error).replace("\n", " ")), str(error)
+
+
+def test_two_processes_learn_what_one_learns(llama, lesson, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    arguments = [str(llama), str(lesson), str(tmp_path)]
+    done = subprocess.run([*command, "-m", "tests.plugins.vlora.train_ranks", *arguments], env=variables, cwd=ROOT,
+                          capture_output=True, text=True, timeout=240, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for stage, alone in both_stages(llama, lesson).items():
+        assert same_bits(one[stage]["weights"], other[stage]["weights"])
+        assert one[stage]["losses"] == other[stage]["losses"]
+        for name, value in alone["weights"].items():
+            torch.testing.assert_close(one[stage]["weights"][name], value, rtol=0, atol=2e-4)

@@ -25,6 +25,27 @@ def write_features(path: Path) -> Path:
     return path
 
 
+def make_tower(folder: Path) -> Path:
+    """A CLIP vision tower of random weights: 4 patches of width 8 of an image of 8 by 8."""
+    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    torch.manual_seed(0)
+    CLIPVisionModel(config).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}).save_pretrained(folder)
+    return folder
+
+
+def draw(folder: Path) -> None:
+    """A picture of each colour."""
+    from PIL import Image
+
+    for word in WORDS:
+        Image.new("RGB", (8, 8), word).save(folder / f"{word}.png")
+
+
 def rows(*, text: bool = True) -> list[dict[str, str]]:
     """One question about each colour, and one that needs no picture."""
     seen = [{"prompt": "colour?", "answer": word, "features": word} for word in WORDS]
