@@ -1,4 +1,4 @@
-"""How a checkpoint carries calibration: settings in config.json, heads in one modeling file, weights as they were."""
+"""How a checkpoint carries calibration: settings and heads in config.json, one modeling file, weights as they were."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _KERNEL = "calibrated_attention_chunked.py"
 LOADING = "load with trust_remote_code=True; without it transformers refuses, rather than dropping the calibration"
 
 
-def act_block(params: AttentionCalibrationParams) -> dict[str, Any]:
-    """The `act` block of config.json."""
+def settings(params: AttentionCalibrationParams) -> dict[str, Any]:
+    """The `act` block of config.json but for its heads."""
     return {
         "version": 1,
         "beta": params.beta,
@@ -42,12 +42,10 @@ def export(checkpoint: Checkpoint, family: Family, params: AttentionCalibrationP
     table: dict[str, list[int]] = {}
     for layer, head in sorted(heads):
         table.setdefault(str(layer), []).append(head)
-    block, model_type = act_block(params), str(checkpoint.config["model_type"])
+    model_type = str(checkpoint.config["model_type"])
     prefix = f"regraft_attention_calibration_{model_type}_"
     template = read_template("regraft.kernels", _KERNEL) + read_template(__package__, f"{MODULE}.py.template")
     literals = {
-        "heads": table,
-        "block_keys": list(block),
         "prefix": prefix,
         "renamed": dict(family.renamed) or None,
         "stock_class": family.stock,
@@ -56,5 +54,5 @@ def export(checkpoint: Checkpoint, family: Family, params: AttentionCalibrationP
         MODULE, CLASS, portable_code(template, literals), attn_implementation=f"{prefix}{family.attention}"
     )
     auto_map = {**(checkpoint.config.get("auto_map") or {}), **code.config["auto_map"]}
-    config = {**checkpoint.config, **code.config, "auto_map": auto_map, ACT: block}
+    config = {**checkpoint.config, **code.config, "auto_map": auto_map, ACT: {**settings(params), "heads": table}}
     return Patch(json={CONFIG: difference(checkpoint.config, config)}, files=dict(code.files))

@@ -23,7 +23,7 @@ def reports(found: Found, aim: Aim) -> dict[str, FileRef]:
     for name, rows in found.maps.items():
         picture = heat_map(
             rows, title=f"mean weight on sinks, {name}", x="head", y="layer", marks=found.heads,
-            bounds=(0.0, max(values)),
+            bounds=(0.0, max(values) or 1.0),
         )  # fmt: skip
         files[f"sinks-{name}.png"] = FileRef(data=picture)
     return files
@@ -42,6 +42,7 @@ def metrics(found: Found) -> dict[str, Any]:
     return {
         "heads": [list(head) for head in found.heads],
         "gains": {f"{layer}.{head}": found.gains[layer, head] for layer, head in found.heads},
+        "reason": found.reason,
         "helpful_alone": found.helpful,
         "tried": found.tried,
         "without_sinks": found.without_sinks,
@@ -52,6 +53,10 @@ def metrics(found: Found) -> dict[str, Any]:
 
 def notes(found: Found) -> tuple[str, ...]:
     """What a user should know."""
+    if found.reason:
+        asked = ", ".join(f"{found.before[name].accuracy:.1%} of {count}" for name, count in found.questions.items())
+        right = f"the model answers {asked} questions rightly, searched on and held out"
+        return (f"no head is worth calibrating: {found.reason}; the output is the base, unchanged", right)
     moved = ", ".join(
         f"{found.before[name].accuracy:.1%} to {found.after[name].accuracy:.1%} on {found.questions[name]} questions"
         f"{' held out' if name == 'held_out' else ''}"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from regraft.core.checkpoint import Checkpoint
+from regraft.core.checkpoint import CONFIG, Checkpoint
 from regraft.core.patch import Outline, Patch
 from regraft.core.training.footprint import training_bytes
 from regraft.core.transformation import Run
 from regraft.plugins.attention_calibration.aim import Aim
-from regraft.plugins.attention_calibration.export import LOADING, export
+from regraft.plugins.attention_calibration.export import ACT, LOADING, export
 from regraft.plugins.attention_calibration.params import AttentionCalibrationParams
 
 _TOKENS = 256
@@ -17,20 +17,22 @@ _TOKENS = 256
 
 
 def outline_of(checkpoint: Checkpoint, params: AttentionCalibrationParams) -> Outline:
-    """What the patch will change; how long the modeling file is depends on the heads that are found.
+    """What the patch will change; of a search, if it finds heads, with the longest table that there can be.
 
     Raises:
         RegraftError: as `Aim.of`.
     """
     aim = Aim.of(checkpoint, params)
-    outline = Outline.of(export(checkpoint, aim.family, params, aim.heads or ()))
     if aim.heads is not None:
-        return replace(outline, notes=(_given(aim), LOADING))
+        return replace(Outline.of(export(checkpoint, aim.family, params, aim.heads)), notes=(_given(aim), LOADING))
+    every = [(layer, head) for layer in aim.layers for head in range(aim.num_heads)]
     searched = f"heads are searched for in {len(aim.layers)} of {aim.num_layers} layers, and known after the run"
     return replace(
-        outline,
-        files=dict.fromkeys(outline.files),
-        notes=(searched, *_window_notes(aim), LOADING),
+        Outline.of(export(checkpoint, aim.family, params, every)),
+        exact=False,
+        undecided={CONFIG: frozenset({ACT})},
+        or_nothing=True,
+        notes=(searched, "if no head is worth calibrating, nothing changes", *_window_notes(aim), LOADING),
         workspace_bytes=training_bytes(checkpoint, 0, tokens=params.batch_size * _TOKENS),
     )
 
@@ -49,10 +51,10 @@ def patch_of(checkpoint: Checkpoint, params: AttentionCalibrationParams, run: Ru
     from regraft.plugins.attention_calibration.search import search
 
     found = search(checkpoint, params, aim, run)
-    patch = export(checkpoint, aim.family, params, found.heads)
+    patch = export(checkpoint, aim.family, params, found.heads) if found.heads else Patch()
     return replace(
         patch,
-        notes=(*notes(found), *_window_notes(aim), LOADING),
+        notes=(*notes(found), *_window_notes(aim), *([LOADING] if found.heads else [])),
         metrics=metrics(found),
         reports=reports(found, aim),
     )

@@ -2,6 +2,7 @@
 
 Heads without a sink on any question are never tried: calibrating them is the identity. A head of layer l is tried from
 layer l on, with what the layers below gave. The union is judged on questions of its own, and halved until it helps.
+Where nothing is left, that is what the search has found.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from random import Random
 from typing import Any
 
 from regraft.core.checkpoint import Checkpoint
-from regraft.core.errors import InputError, TransformationError, UsageError
+from regraft.core.errors import InputError, UsageError
 from regraft.core.head_file import Head
 from regraft.core.jsonio import dump, read_object
 from regraft.core.measures.choices import Choice, ChoiceBatch, Scored, batches_of, read_choices, readings_of
 from regraft.core.training.model import memory
 from regraft.core.transformation import Run
 from regraft.plugins.attention_calibration.aim import Aim
-from regraft.plugins.attention_calibration.export import act_block
+from regraft.plugins.attention_calibration.export import settings
 from regraft.plugins.attention_calibration.model import Trial
 from regraft.plugins.attention_calibration.params import AttentionCalibrationParams
 
@@ -30,7 +31,9 @@ LEAST = 4
 """Questions of a split."""
 
 _SMALLEST_PASS = 8
-_OTHERWISE = "change tau or beta, or leave the step out"
+_NO_SINKS = "none has an attention sink on these questions (a lower tau, or longer prompts, may find some)"
+_NO_GAIN = "each alone, none gains more than min_gain"
+_NOT_TOGETHER = "those that gain alone do not help on the questions held out"
 
 
 @dataclass(frozen=True)
@@ -50,17 +53,19 @@ class Found:
     """What the search found.
 
     Args:
-        heads: those to calibrate, the one that gains most first.
+        heads: those to calibrate, the one that gains most first; perhaps none.
+        reason: why there are none; empty if there are.
         gains: of every head that was tried, alone, in the last pass that tried it.
         helpful: how many gained alone; more than `heads` if together they did not help.
         tried, without_sinks: heads that were, and those that needed not be.
         before, after: scores by split, `search` and `held_out`, without and with all `heads`.
         questions: by split.
-        maps: mean weight on sinks, `before` and `after`, by layer and head.
+        maps: mean weight on sinks, `before` and, with `heads`, `after`, by layer and head.
         score: what heads were judged by.
     """
 
     heads: tuple[Head, ...]
+    reason: str
     gains: Mapping[Head, float]
     helpful: int
     tried: int
@@ -78,7 +83,6 @@ def search(checkpoint: Checkpoint, params: AttentionCalibrationParams, aim: Aim,
     Raises:
         InputError: the questions cannot be used, or are too few.
         UsageError: the saved state belongs to another search.
-        TransformationError: no head has a sink, or calibration helps none: the result would be the base.
         ResourceError: out of memory.
     """
     splits = _splits(params, run)
@@ -88,20 +92,20 @@ def search(checkpoint: Checkpoint, params: AttentionCalibrationParams, aim: Aim,
         run.tell(f"head search: {len(splits['search'])} questions, {len(splits['held_out'])} to check on")
         mass = trial.sink_mass(batch for group in texts["search"].groups for batch in group.batches)
         heads = [(layer, head) for layer in aim.layers for head in range(aim.num_heads) if mass[layer, head] > 0]
-        if not heads:
-            raise _identity("no head has an attention sink on these questions", "lower tau, or give longer prompts")
-        gains, last = _passes(texts["search"], heads, params, run, _State(checkpoint, params, splits, run))
+        state = _State(checkpoint, params, splits, run)
+        gains, last = _passes(texts["search"], heads, params, run, state) if heads else ({}, [])
         helpful = [head for head in last if gains[head] > params.min_gain]
-        if not helpful:
-            raise _identity("calibration helps no head alone", f"lower min_gain, {_OTHERWISE}")
         before = {name: one.score(()) for name, one in texts.items()}
         chosen, after = _together(texts, helpful, before, params, run)
-        left = trial.sink_mass((batch for group in texts["search"].groups for batch in group.batches), chosen)
-    searched = len(aim.layers) * aim.num_heads
+        maps = {"before": mass.tolist()}
+        if chosen:
+            batches = (batch for group in texts["search"].groups for batch in group.batches)
+            maps["after"] = trial.sink_mass(batches, chosen).tolist()
+    reason = _NO_SINKS if not heads else _NO_GAIN if not helpful else _NOT_TOGETHER if not chosen else ""
+    searched, questions = len(aim.layers) * aim.num_heads, {name: len(choices) for name, choices in splits.items()}
     return Found(
-        tuple(chosen), gains, len(helpful), len(heads), searched - len(heads), before, after,
-        {name: len(choices) for name, choices in splits.items()},
-        {"before": mass.tolist(), "after": left.tolist()}, params.score,
+        tuple(chosen), reason, gains, len(helpful), len(heads), searched - len(heads), before, after, questions, maps,
+        params.score,
     )  # fmt: skip
 
 
@@ -168,7 +172,7 @@ class _State:
         self.writes = run.rank == 0
         asked = {name: [[one.prompt, *one.options, one.answer] for one in some] for name, some in splits.items()}
         self.identity = {
-            "base": checkpoint.digest, "act": act_block(params), "passes": params.passes, "score": params.score,
+            "base": checkpoint.digest, "act": settings(params), "passes": params.passes, "score": params.score,
             "layers": str(params.layers), "batch_size": params.batch_size,
             "questions": hashlib.sha256(repr(asked).encode()).hexdigest(),
         }  # fmt: skip
@@ -253,7 +257,7 @@ def _together(
     params: AttentionCalibrationParams,
     run: Run,
 ) -> tuple[list[Head], dict[str, Score]]:
-    """The most heads that together are better where they were found, and no worse on the other questions."""
+    """The most heads that together are better where they were found, and no worse on the other questions; if any."""
     count = len(helpful)
     while count:
         heads = list(helpful[:count])
@@ -263,8 +267,7 @@ def _together(
         if gains["search"] > 0 and gains["held_out"] >= 0:
             return heads, after
         count //= 2
-    raise _identity("the heads that gain alone help no more on the questions held out",
-                    f"give more questions, raise min_gain, {_OTHERWISE}")  # fmt: skip
+    return [], dict(before)
 
 
 def _splits(params: AttentionCalibrationParams, run: Run) -> dict[str, list[Choice]]:
@@ -282,9 +285,3 @@ def _splits(params: AttentionCalibrationParams, run: Run) -> dict[str, list[Choi
             raise InputError("too few questions", where=name, expected=f"at least {LEAST} to search on and to check on",
                              found=len(some), remedy="give more, or a file for held_out")  # fmt: skip
     return {"search": choices, "held_out": held_out}
-
-
-def _identity(reason: str, remedy: str) -> TransformationError:
-    return TransformationError(
-        f"{reason}: the result would be the base itself", where="attention-calibration", remedy=remedy
-    )

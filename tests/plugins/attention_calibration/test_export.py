@@ -1,7 +1,6 @@
 """What a calibrated checkpoint computes: against the specification, and the same however a text is cut and batched."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -175,16 +174,44 @@ def test_weights_stay_and_a_load_without_the_code_fails(base: Path, tmp_path: Pa
     config = json.loads((folder / "config.json").read_text())
     assert config["act"] == {
         "version": 1, "beta": 0.25, "tau": 0.1, "tau_mode": "absolute", "scope": "causal", "min_queries": 4,
-        "spare_first": True,
+        "spare_first": True, "heads": {"1": [0, 3]},
     }  # fmt: skip
     proof = prove(folder)
     assert proof.ok, proof.error
     assert "regraft_attention_calibration_llama_sdpa" in proof.report["untrusted"]
-    config["act"]["version"] = 2
-    changed = shutil.copytree(folder, tmp_path / "changed")
-    (changed / "config.json").write_text(json.dumps(config))
+
+
+def test_a_block_that_is_not_understood_is_refused(base: Path, tmp_path: Path) -> None:
+    """Whatever is missing, unknown or of another model; and the heads of the block are those that are calibrated."""
+    folder = export(base, tmp_path / "out", heads=HEADS, **EASY)
+    config = json.loads((folder / "config.json").read_text())
+
+    def loaded(**act: Any) -> Any:
+        block = {key: value for key, value in {**config["act"], **act}.items() if value is not None}
+        (folder / "config.json").write_text(json.dumps({**config, "act": block}))
+        return load(folder)
+
+    wrong: dict[str, Any] = {
+        "heads": [None, [[1, 0]], {"1": 0}, {"1": []}, {"1": [4]}, {"1": [-1]}, {"1": [0, 0]}, {"1": [True]},
+                  {"2": [0]}, {"01": [0]}, {"one": [0]}],
+        "beta": [None, "0.4", 1.5, True, float("nan")], "tau": [None, 0, "0.1", float("inf")],
+        "tau_mode": [None, "mean"], "scope": ["row"], "min_queries": [0, 4.0, True], "spare_first": [1], "more": [1],
+    }  # fmt: skip
+    for key, values in wrong.items():
+        for value in values:
+            with pytest.raises(ValueError, match=rf"does not understand act\.{key}"):
+                loaded(**{key: value})
+    for version in (2, None):
+        with pytest.raises(ValueError, match="no block of attention calibration"):
+            loaded(version=version)
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "act"}))
     with pytest.raises(ValueError, match="no block of attention calibration"):
-        load(changed)
+        load(folder)
+    ids = token_ids(24)
+    both, plain = loaded()(ids).logits, load(base, trust_remote_code=False)(ids).logits
+    one = loaded(heads={"1": [0]})(ids).logits
+    assert torch.equal(loaded(heads={})(ids).logits, plain)
+    assert min((one - plain).abs().max(), (both - one).abs().max()) > 1e-3
 
 
 def test_a_copy_that_transformers_saves_still_fails_closed(models: dict[str, Any], tmp_path: Path) -> None:

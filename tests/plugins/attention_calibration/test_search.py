@@ -7,16 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from regraft.core.errors import InputError, RegraftError, TransformationError, Unsupported, UsageError
+from regraft.core.errors import RegraftError, Unsupported, UsageError
 from regraft.core.sources.folder import open_folder
 from regraft.core.transformation import Run
 from regraft.plugins.attention_calibration.search import pass_sizes
 from tests.families import save_tiny, save_tokenizer, tiny
-from tests.plugins.attention_calibration.support import calibrate
+from tests.plugins.attention_calibration.support import calibrate, load
+from tests.running import done, regraft, tree, write_recipe
 
 HURTS, HELPS, IDLE = (2, 1), (3, 0), (2, 3)
 TAU = 0.35
 """Above what an early key has of heads that look at all keys alike, below what `#` has of the planted ones."""
+
+REPORTED = {"regraft", *(f"regraft/attention-calibration{name}" for name in ("", "/heads.json", "/sinks-before.png"))}
 
 LETTERS = "abcd"
 WIDTH, HEAD = 128, 32
@@ -152,37 +155,98 @@ def refused(kind: type[RegraftError], reason: str, base: Path, **values: object)
     return caught.value
 
 
-def test_what_would_change_nothing_is_said(planted, tmp_path):
-    base, questions = planted
-    refused(TransformationError, "no head has an attention sink", base, data=questions, tau=0.99)
-    refused(TransformationError, "helps no head alone: the result would be the base", base, data=questions, tau=TAU,
-            layers="3-")  # fmt: skip
-    contrary = write_questions(tmp_path / "contrary.jsonl")
-    rows = [json.loads(line) for line in contrary.read_text().splitlines()]
+def contrary_to(questions: Path, path: Path) -> Path:
+    """The same questions with other answers."""
+    rows = [json.loads(line) for line in questions.read_text().splitlines()]
     rows = [{**row, "answer": "a" if number else "b"} for number, row in enumerate(rows)]
-    contrary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    refused(
-        TransformationError, "help no more on the questions held out", base, data=questions, tau=TAU, held_out=contrary
-    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
-def test_bad_input_is_refused_in_clear_words(planted, tmp_path):
+def test_where_no_head_is_worth_it_the_output_is_the_base_and_says_so(planted, tmp_path, monkeypatch):
+    """Exit code 0, every file of the base as it was, no code, and the reason in plan, summary, card and lock file."""
     base, questions = planted
-    one_class = tmp_path / "one.jsonl"
+    monkeypatch.chdir(tmp_path)
+    contrary = contrary_to(questions, tmp_path / "contrary.jsonl")
+    cases = [
+        ({"tau": 0.99}, "none has an attention sink on these questions"),
+        ({"tau": TAU, "layers": "3-"}, "each alone, none gains more than min_gain"),
+        ({"tau": TAU, "held_out": str(contrary)}, "do not help on the questions held out"),
+    ]
+    for number, (values, reason) in enumerate(cases):
+        step = {"use": "attention-calibration", "data": str(questions), **values}
+        write_recipe(Path("recipe.toml"), base, step, path=f"out{number}")
+        plan = done("plan", "recipe.toml")
+        assert "if no head is worth calibrating, nothing changes" in plan.out
+        assert "act (known after the run)" in plan.out
+        ran, out = done("apply", "recipe.toml", "--save-patches", f"patches{number}"), Path(f"out{number}")
+        said = "no head is worth calibrating: "
+        assert said in ran.out
+        assert f"{reason}" in ran.out
+        assert "the output is the base, unchanged" in ran.out
+        assert "trust_remote_code" not in ran.out
+        assert said in (out / "README.md").read_text()
+        written, kept = tree(out), tree(base)
+        assert {name: written[name] for name in kept} == kept
+        assert not list(out.glob("*.py"))
+        assert set(written) - set(kept) == {"README.md", "regraft.lock.json", *REPORTED}
+        metrics = json.loads((out / "regraft.lock.json").read_text())["steps"][0]["metrics"]
+        assert metrics["heads"] == []
+        assert reason in metrics["reason"]
+        assert metrics["search"]["accuracy"]["before"] == metrics["search"]["accuracy"]["after"]
+    load(Path("out0"), trust_remote_code=False)
+    write_recipe(Path("again.toml"), base, {"use": "patch", "path": "patches0/attention-calibration.regraft"},
+                 path="again")  # fmt: skip
+    done("apply", "again.toml")
+    assert {name: tree(Path("again"))[name] for name in kept} == kept
+
+
+def one_class(questions, file):
     lines = questions.read_text().splitlines()
-    one_class.write_text("\n".join(json.dumps({**json.loads(line), "answer": "a"}) for line in lines))
-    refused(InputError, "every row has the same options and the same answer", base, data=one_class)
-    few = tmp_path / "few.jsonl"
-    few.write_text("\n".join(lines[:6]))
-    refused(InputError, "too few questions", base, data=few)
-    other = tmp_path / "heads.json"
-    other.write_text(json.dumps({"heads": [[2, 1]], "num_layers": 30, "num_heads": 9}))
-    refused(UsageError, "the table is of another model", base, heads=other)
-    refused(UsageError, "there is no head 4 of layer 2", base, heads=[[2, 4]])
-    refused(UsageError, "a head is named twice", base, heads=[[2, 1], [2, 1]])
-    for values, reason in (({}, "either heads, or data"), ({"heads": [[2, 1]], "layers": 2}, "for the search alone")):
-        with pytest.raises(ValueError, match=reason):
-            calibrate(base, **values)
+    file.write_text("\n".join(json.dumps({**json.loads(line), "answer": "a"}) for line in lines))
+    return {"data": str(file)}
+
+
+def too_few(questions, file):
+    file.write_text("\n".join(questions.read_text().splitlines()[:6]))
+    return {"data": str(file)}
+
+
+def table_of_another_model(questions, file):
+    file.write_text(json.dumps({"heads": [[2, 1]], "num_layers": 30, "num_heads": 9}))
+    return {"heads": str(file)}
+
+
+def table_without_heads(questions, file):
+    file.write_text(json.dumps({"heads": []}))
+    return {"heads": str(file)}
+
+
+BAD_INPUT = [
+    (one_class, 3, "every row has the same options and the same answer"),
+    (too_few, 3, "too few questions"),
+    (table_of_another_model, 2, "the table is of another model"),
+    (table_without_heads, 3, "the file names no heads"),
+    (lambda questions, file: {"heads": [[2, 4]]}, 2, "there is no head 4 of layer 2"),
+    (lambda questions, file: {"heads": [[2, 1], [2, 1]]}, 2, "a head is named twice"),
+    (lambda questions, file: {}, 2, "either heads, or data"),
+    (lambda questions, file: {"heads": [[2, 1]], "layers": 2}, 2, "for the search alone"),
+]
+
+
+@pytest.mark.parametrize(("values", "code", "reason"), BAD_INPUT, ids=[reason for *_, reason in BAD_INPUT])
+def test_bad_input_is_refused_in_clear_words_and_writes_nothing(planted, tmp_path, monkeypatch, values, code, reason):
+    base, questions = planted
+    monkeypatch.chdir(tmp_path)
+    step = {"use": "attention-calibration", **values(questions, tmp_path / "file.jsonl")}
+    write_recipe(Path("recipe.toml"), base, step, path="out")
+    before = tree(tmp_path)
+    ran = regraft("apply", "recipe.toml")
+    assert ran.code == code
+    assert reason in ran.err
+    assert ("remedy: " in ran.err) != ("recipe.toml:" in ran.err)  # a fault of the recipe has its place instead
+    assert "Traceback" not in ran.err
+    assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize(
