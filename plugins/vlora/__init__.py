@@ -1,5 +1,63 @@
-"""Images as weights: a generator turns an image's features into low-rank changes of a language model.
+"""Images as weights: `vlora` bakes an image into a language model, `vlora-train` trains the generator that does it.
 
 Ma et al., Visual Perception by Large Language Model's Weights (VLoRA, NeurIPS 2024, arXiv 2405.20339), section 3;
-reference repository FeipengMa6/VLoRA.
+reference repository FeipengMa6/VLoRA. A generator turns the features of an image into low-rank deltas of queries, keys,
+values and attention outputs, and into a path beside the MLP; no visual token enters the sequence.
+
+Deviations. The authors add the deltas while the model runs, and can change the image from prompt to prompt; `vlora`
+merges those of one image into the weights. Their generator is square: here inputs and outputs of each projection have
+their own widths, so that grouped key-value heads and any head size fit. Their path beside the MLP needs their own
+class: here it is more hidden units of the MLP, in classes that have biases there. Images are looked at one by one.
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from regraft.core.checkpoint import Checkpoint
+from regraft.core.hookspecs import hookimpl
+from regraft.core.patch import Outline, Patch
+from regraft.core.transformation import AnyTransformation, Run, Transformation
+from regraft.plugins.vlora.params import VloraParams
+from regraft.plugins.vlora.train import VloraTrain
+from regraft.plugins.vlora.train import VloraTrain
+
+regraft_api = ">=1,<2"
+
+
+class Vlora(Transformation[VloraParams]):
+    """Adds the deltas that a generator makes of an image."""
+
+    name = "vlora"
+    summary = "Bake what an image shows into the weights, as low-rank deltas made by a trained generator."
+    paper = "Ma et al. 2024, VLoRA, NeurIPS, arXiv 2405.20339"
+    Params = VloraParams
+
+    def plan(self, checkpoint: Checkpoint, params: VloraParams) -> Outline:
+        """The tensors that get a delta and, for type m, every MLP; what generator and encoder take of memory.
+
+        Raises:
+            InputError: generator, image, features or encoder are not valid, or for another model.
+            Unsupported: the model has no place for a type; an encoder of another kind.
+            UsageError: there is no generator, no encoder, or the generator has no such type.
+        """
+        from regraft.plugins.vlora.rewrite import outline
+
+        return outline(checkpoint, params)
+
+    def apply(self, checkpoint: Checkpoint, params: VloraParams, run: Run) -> Patch:
+        """Low-rank edits, all factors computed.
+
+        Raises:
+            InputError, Unsupported, UsageError: as `plan`; or the image cannot be decoded, or values are not finite.
+            ResourceError: out of memory.
+        """
+        from regraft.plugins.vlora.rewrite import apply
+
+        return apply(checkpoint, params, run)
+
+
+@hookimpl
+def regraft_transformations() -> Sequence[type[AnyTransformation]]:
+    """The transformations of this plugin."""
+    return [Vlora, VloraTrain]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.core.checkpoint import CONFIG, Checkpoint
-from regraft.core.errors import InputError, Unsupported
+from regraft.core.errors import InputError, RegraftError, Unsupported
 from regraft.core.sources.open import open_checkpoint
 from regraft.core.specs import FLOAT_CODES
 from regraft.plugins.vlora.images import check_image, read_image
@@ -167,16 +167,17 @@ def _model(checkpoint: Checkpoint) -> Any:
     import transformers
 
     config_class, model_class = (getattr(transformers, name) for name in _KINDS[checkpoint.config["model_type"]])
-    config = config_class.from_dict(dict(checkpoint.config.get(_NESTED) or checkpoint.config))
     try:
+        config = config_class.from_dict(dict(checkpoint.config.get(_NESTED) or checkpoint.config))
         with torch.device("meta"):
             wanted = model_class(config).state_dict()
         state = _state(checkpoint, wanted)
         model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
-    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+    except (RegraftError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers raises what it likes here
         raise InputError("transformers does not build the vision encoder", where=f"{checkpoint.label}: {CONFIG}",
-                         found=_first_line(error),
-                         remedy="fetch the encoder again") from None  # fmt: skip
+                         found=_first_line(error), remedy="fetch the encoder again") from None  # fmt: skip
     return model.requires_grad_(False).eval()
 
 

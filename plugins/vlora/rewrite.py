@@ -1,0 +1,200 @@
+"""From an image to the patch. The plan imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from regraft.core.architectures import Architecture, architecture_of
+from regraft.core.checkpoint import CONFIG, Checkpoint
+from regraft.core.errors import InputError, UsageError
+from regraft.core.host import host
+from regraft.core.low_rank import LowRankDelta
+from regraft.core.patch import Edit, Outline, Patch
+from regraft.core.specs import TensorSpec
+from regraft.core.tensors import LazyTensor, MemoryTensor, PromisedTensor
+from regraft.core.transformation import Run
+from regraft.plugins.vlora.features import Sight, sight_of
+from regraft.plugins.vlora.folder import GeneratorFolder, open_generator
+from regraft.plugins.vlora.params import VloraParams
+from regraft.plugins.vlora.places import Key, Place, check_model, places_of
+from regraft.plugins.vlora.settings import GeneratorSettings
+from regraft.plugins.vlora.train_own import OWN_CONFIG, OWN_WEIGHTS, own_generator, own_settings
+from regraft.plugins.vlora.widen import check_widening, widened
+
+if TYPE_CHECKING:
+    import torch
+
+    Pairs = Mapping[Key, tuple[torch.Tensor, torch.Tensor]]
+
+BAKED_IN = (
+    "the image is baked in: it acts on every token of every prompt, those about other things too; another image needs "
+    "another checkpoint"
+)
+
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What the step will do, known from headers.
+
+    Args:
+        architecture: of the language model.
+        settings: of the generator.
+        label: of the generator, for messages and records.
+        types: which deltas are applied.
+        places: tensors that get low-rank deltas.
+        sight: the images.
+        scale: of every delta.
+        own: whether the generator stands in the checkpoint itself.
+    """
+
+    architecture: Architecture
+    settings: GeneratorSettings
+    label: str
+    types: str
+    places: tuple[Place, ...]
+    sight: Sight
+    scale: float
+    own: bool
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, params: VloraParams) -> Aim:
+        """Look at headers and configs.
+
+        Raises:
+            InputError: generator, image, features or encoder are not valid, or for another model.
+            Unsupported: the model has no place for a type.
+            UsageError: there is no generator, or it has no such type.
+        """
+        own = params.generator is None
+        settings, label = _settings(checkpoint, params)
+        architecture = architecture_of(checkpoint.config, checkpoint.specs, families=host().architectures())
+        check_model(settings, architecture, label)
+        types = settings.types if params.types is None else params.types
+        if not set(types) <= set(settings.types):
+            raise UsageError("the generator has no such type", where="types", expected=f"some of {settings.types}",
+                             found=types, remedy="leave the others out")  # fmt: skip
+        if "m" in types:
+            check_widening(architecture)
+        places = tuple(places_of(checkpoint, architecture, settings, types))
+        sight = sight_of(params, settings)
+        return cls(architecture, settings, label, types, places, sight, settings.scale * params.scale, own)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for the user and the model card."""
+        names, layers = self.sight.names, self.settings.active_layers
+        what = names[0] if len(names) == 1 else f"{len(names)} images ({', '.join(names)})"
+        made = (
+            f"{what} as deltas of rank {self.settings.rank} (types {self.types}) of {len(layers)} of "
+            f"{self.settings.num_layers} layers, made by a generator of {self.settings.num_parameters} parameters"
+        )
+        found = [made, BAKED_IN]
+        if len(names) > 1:
+            found.append(f"the deltas of {len(names)} images are summed, and a generator is trained with one at a time")
+        if left := [letter for letter in self.settings.types if letter not in self.types]:
+            found.append(f"types {''.join(left)} are left out, though the generator was trained with them")
+        if "m" in self.types:
+            found.append(f"every MLP is {self.settings.rank} units wider, for type m; and has biases")
+        return tuple(found)
+
+
+def outline(checkpoint: Checkpoint, params: VloraParams) -> Outline:
+    """What the step changes, exactly. Raises as `Aim.of`."""
+    aim = Aim.of(checkpoint, params)
+    shape = Outline.of(_patch(checkpoint, aim, None))
+    factors = sum(place.total_rank * sum(place.spec.shape) for place in aim.places)
+    size = _FP32 * (aim.settings.num_parameters + factors) + aim.sight.workspace_bytes
+    return replace(shape, notes=aim.notes, workspace_bytes=size)
+
+
+def apply(checkpoint: Checkpoint, params: VloraParams, run: Run) -> Patch:
+    """The patch, with all factors computed; weights are read when tensors are written.
+
+    Raises:
+        RegraftError: see `Vlora.apply`.
+    """
+    from regraft.plugins.vlora.report import deltas, metrics, reports, warnings
+
+    aim = Aim.of(checkpoint, params)
+    pairs = _pairs(_folder(checkpoint, params), aim, run)
+    patch = _patch(checkpoint, aim, pairs)
+    found = deltas(checkpoint, aim.places, patch.edits)
+    return replace(patch, notes=(*aim.notes, *warnings(found)), metrics=metrics(aim, found), reports=reports(found))
+
+
+def _settings(checkpoint: Checkpoint, params: VloraParams) -> tuple[GeneratorSettings, str]:
+    if params.generator is not None:
+        return open_generator(params.generator).settings, params.generator.name
+    settings = own_settings(checkpoint)
+    if settings is None:
+        raise UsageError("there is no generator", where="generator",
+                         expected="the folder of one, or an earlier step that trains one (vlora-train)",
+                         remedy='give generator = "..."')  # fmt: skip
+    return settings, "the generator of an earlier step"
+
+
+def _folder(checkpoint: Checkpoint, params: VloraParams) -> GeneratorFolder:
+    if params.generator is not None:
+        return open_generator(params.generator)
+    folder = own_generator(checkpoint)
+    assert folder is not None, "the checkpoint of the run is that of the plan"
+    return folder
+
+
+def _pairs(folder: GeneratorFolder, aim: Aim, run: Run) -> Pairs:
+    """A [d_in, r] and B [d_out, r] by type and layer, fp32 on the CPU; A is the sum over the images."""
+    import torch
+
+    from regraft.core.training.model import memory
+
+    run.tell(f"looking at {', '.join(aim.sight.names)}")
+    with memory("turning the image into weights"), torch.inference_mode():
+        features = aim.sight.look(run.device)
+        made = folder.load(run.device)(features)
+        # deltas are linear in A and share B, so those of several images are one of the same rank
+        pairs = {key: (A.sum(0).cpu().clone(), B.cpu().clone()) for key, (A, B) in made.items() if key[0] in aim.types}
+    for (letter, layer), factors in pairs.items():
+        if not all(torch.isfinite(factor).all() for factor in factors):
+            raise InputError(
+                "the generator makes weights that are NaN or infinite", where=f"type {letter}, layer {layer}",
+                remedy="check the features, and how the generator was trained",
+            )  # fmt: skip
+    return pairs
+
+
+def _patch(checkpoint: Checkpoint, aim: Aim, pairs: Pairs | None) -> Patch:
+    """Edits and config; with no pairs the values are promised."""
+    edits: dict[str, Edit] = {place.spec.name: Edit(place.spec, _delta(place, pairs, aim.scale))
+                              for place in aim.places}  # fmt: skip
+    config: dict[str, Any] = {}
+    if "m" in aim.types:
+        beside = {layer: _beside(aim, layer, pairs) for layer in aim.settings.active_layers}
+        wide = widened(checkpoint, aim.architecture, aim.settings.rank, beside, aim.scale)
+        edits |= wide.edits
+        config = dict(wide.config)
+    dropped = dict.fromkeys((OWN_CONFIG, OWN_WEIGHTS), "the generator has done its work") if aim.own else {}
+    return Patch(edits=edits, json={CONFIG: config} if config else {}, dropped=dropped)
+
+
+def _delta(place: Place, pairs: Pairs | None, scale: float) -> LowRankDelta:
+    name, (rows, columns) = place.spec.name, place.spec.shape
+    if pairs is None:
+        left = PromisedTensor(TensorSpec(f"{name}: left", "F32", (rows, place.total_rank)))
+        right = PromisedTensor(TensorSpec(f"{name}: right", "F32", (place.total_rank, columns)))
+        return LowRankDelta(name, left, right, scale)
+    one, other = place.factors(pairs)
+    return LowRankDelta(name, MemoryTensor(f"{name}: left", one), MemoryTensor(f"{name}: right", other), scale)
+
+
+def _beside(aim: Aim, layer: int, pairs: Pairs | None) -> tuple[LazyTensor, LazyTensor]:
+    """Aᵀ [r, hidden] and B [hidden, r] of type m."""
+    rank, hidden = aim.settings.rank, aim.architecture.hidden_size
+    if pairs is None:
+        return (PromisedTensor(TensorSpec(f"m.{layer}: right", "F32", (rank, hidden))),
+                PromisedTensor(TensorSpec(f"m.{layer}: left", "F32", (hidden, rank))))  # fmt: skip
+    A, B = pairs["m", layer]
+    return MemoryTensor(f"m.{layer}: right", A.T.contiguous()), MemoryTensor(f"m.{layer}: left", B.contiguous())

@@ -1,0 +1,164 @@
+"""`vlora` in a recipe: from an image file to a checkpoint, and everything that stops it before anything is written."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from regraft.plugins.vlora.vision import open_tower
+from tests.checkpoints import read_all, same_bits
+from tests.families import save_tiny
+from tests.helpers import names, run_python
+from tests.plugins.vlora.encoders import picture, save_encoder
+from tests.plugins.vlora.generators import features, make_generator, save_features
+from tests.running import done, recipe_text, regraft
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """A folder with a base, an encoder, a generator for both, an image and features."""
+    save_tiny("llama", tmp_path / "base", tokenizer=True)
+    save_encoder("clip", tmp_path / "eyes")
+    make_generator(tmp_path / "base", tmp_path / "g", vision_tower=str(tmp_path / "eyes"))
+    picture(tmp_path / "cat.png")
+    save_features(tmp_path / "features.safetensors")
+    return tmp_path
+
+
+def recipe(bench, name="r", **step):
+    file = bench / f"{name}.toml"
+    file.write_text(recipe_text("base", {"use": "vlora", "generator": "g", **step}, path=str(bench / name)))
+    return file
+
+
+def test_an_image_is_baked_in(bench):
+    ran = done("apply", recipe(bench, image="cat.png"))
+    lock = json.loads((bench / "r" / "regraft.lock.json").read_text())["steps"][0]
+    assert lock["metrics"]["images"] == ["cat.png"]
+    assert lock["metrics"]["types"] == "qkvom"
+    assert set(lock["data"]["generator"]) == {"config.json", "model.safetensors"}
+    assert str(bench) not in json.dumps(lock)
+    assert "the image is baked in: it acts on every token of every prompt" in (bench / "r" / "README.md").read_text()
+    assert set(json.loads((bench / "r" / "regraft" / "vlora" / "deltas.json").read_text())) == {
+        f"model.layers.1.self_attn.{letter}_proj.weight" for letter in "qkvo"
+    }
+    assert "r" in ran.out
+    # the features that an encoder would give make the same bytes
+    seen = open_tower(str(bench / "eyes")).load()(bench / "cat.png")
+    save_features(bench / "seen.safetensors", {"cat": seen})
+    done("apply", recipe(bench, "again", features="seen.safetensors"))
+    assert same_bits(read_all(bench / "r"), read_all(bench / "again"))
+    other = picture(bench / "dog.png", seed=1)
+    done("apply", recipe(bench, "dog", image=other.name, vision=str(bench / "eyes")))
+    assert not same_bits(read_all(bench / "r"), read_all(bench / "dog"))
+
+
+def test_the_plan_imports_no_torch_and_tells_the_cost(bench):
+    program = """
+        import sys
+        from regraft.core.sources.folder import open_folder
+        from regraft.plugins.vlora import Vlora
+        from regraft.plugins.vlora.params import VloraParams
+        from pathlib import Path
+        folder = Path(sys.argv[1])
+        params = VloraParams(generator=folder / "g", image=folder / "cat.png", vision=str(folder / "eyes"))
+        outline = Vlora().plan(open_folder(folder / "base", label="base"), params)
+        assert not {"torch", "transformers"} & set(sys.modules)
+        print(outline.workspace_bytes, *outline.notes, sep="; ")
+    """
+    told = run_python(program, bench)
+    count = sum(tensor.numel() for tensor in load_file(bench / "g" / "model.safetensors").values())
+    assert int(told.split(";")[0]) > 4 * count
+    assert f"made by a generator of {count} parameters" in told
+
+
+def half_a_file(bench):
+    (bench / "cat.png").write_bytes((bench / "cat.png").read_bytes()[:300])
+
+
+def nan_features(bench):
+    save_features(bench / "features.safetensors", {"image": features()[0] * float("nan")})
+
+
+def two_features(bench):
+    save_features(bench / "features.safetensors", {"a": features()[0], "b": features()[0]})
+
+
+def narrow_features(bench):
+    save_features(bench / "features.safetensors", {"image": torch.zeros(4, 10)})
+
+
+def other_encoder(bench):
+    save_encoder("clip", bench / "eyes", hidden_size=16)
+
+
+def other_family(bench):
+    save_tiny("qwen3", bench / "base", tokenizer=True)
+
+
+def more_layers(bench):
+    save_tiny("llama", bench / "base", tokenizer=True, num_hidden_layers=3)
+
+
+def other_heads(bench):
+    save_tiny("llama-multi-head", bench / "base", tokenizer=True)
+
+
+def no_silu(bench):
+    save_tiny("llama", bench / "base", tokenizer=True, hidden_act="gelu")
+
+
+def large_weights(bench):
+    file = bench / "g" / "model.safetensors"
+    save_file({name: one * 1e20 for name, one in load_file(file).items()}, file)
+
+
+IMAGE, FEATURES = {"image": "cat.png"}, {"features": "features.safetensors"}
+REFUSED = {
+    "no image": (None, {"image": "dog.png"}, 3, "there is no such image"),
+    "half a file": (half_a_file, IMAGE, 3, "the image cannot be decoded"),
+    "image and features": (None, {**IMAGE, **FEATURES}, 2, "give one of `image`, `images` and `features`"),
+    "neither": (None, {}, 2, "found none of them"),
+    "no generator": (None, {**IMAGE, "generator": "h"}, 3, "there is no such checkpoint"),
+    "a model for a generator": (None, {**IMAGE, "generator": "base"}, 3, "is no generator of perceptual weights"),
+    "another family": (other_family, IMAGE, 3, "the generator was made for another model"),
+    "more layers": (more_layers, IMAGE, 3, "found: llama, 3 layers"),
+    "other heads": (other_heads, IMAGE, 3, "k: 64 to 32 features"),
+    "an unknown type": (None, {**IMAGE, "types": "x"}, 2, "expected letters of qkvom"),
+    "another activation": (no_silu, IMAGE, 1, "the MLP's activation is gelu, not silu"),
+    "another encoder": (other_encoder, IMAGE, 3, "4 features of width 16"),
+    "an encoder that is gone": (lambda bench: (bench / "eyes").rename(bench / "ears"), IMAGE, 3,
+                                "vision encoder cannot be opened"),
+    "another width": (narrow_features, FEATURES, 3, "the features are not those that the generator reads"),
+    "features of two": (two_features, FEATURES, 2, "does not hold the features of one image"),
+    "an unknown name": (None, {**FEATURES, "names": ["b"]}, 3, "the file has no such features"),
+    "NaN": (nan_features, FEATURES, 3, "features are NaN or infinite"),
+    "too large": (large_weights, FEATURES, 3, "NaN or infinite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_what_cannot_be_is_refused_and_nothing_is_written(fault, bench):
+    damage, step, code, words = REFUSED[fault]
+    if damage is not None:
+        damage(bench)
+    file = recipe(bench, **step)
+    before = names(bench)
+    ran = regraft("apply", file)
+    assert ran.code == code, ran.err
+    assert words in ran.err
+    assert "Traceback" not in ran.err
+    assert names(bench) == before
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "mixtral"])
+def test_type_m_is_refused_where_a_class_has_no_biases(family, tmp_path):
+    base = save_tiny(family, tmp_path / "base", tokenizer=True)
+    make_generator(base, tmp_path / "g")
+    save_features(tmp_path / "features.safetensors")
+    ran = regraft("plan", recipe(tmp_path, **FEATURES))
+    assert ran.code == 1
+    assert "this model cannot express" in ran.err
+    assert 'types = "qkvo"' in ran.err
+    done("plan", recipe(tmp_path, types="qkvo", **FEATURES))
