@@ -113,6 +113,9 @@ def _print(report: ApplyReport) -> None:
         print(f"output: {note}")
     size, seconds = human_bytes(report.output_bytes), f"{report.seconds:.1f} s"
     print(f"wrote {report.target}: {size} in {seconds}, verified: {report.verified}")
+    if report.plan.recipe.writes_adapter:
+        print(f'use it: PeftModel.from_pretrained(model, "{report.target}")')
+        return
     print(f'use it: AutoModelForCausalLM.from_pretrained("{report.target}"{_trust(report)})')
 
 

@@ -75,6 +75,7 @@ def as_document(made: Plan, disk: int) -> dict[str, Any]:
             }
             for step in made.steps
         ],
+        "output_notes": list(made.notes),
         "changes": {kind: list(names) for kind, names in made.changes.items()},
         "weight_files": dict(made.layout.files),
         "files": {name: file.nbytes for name, file in made.result.files.items()},
@@ -96,6 +97,8 @@ def _print(made: Plan, document: dict[str, Any], *, tensors: bool) -> None:
             print(f"    {name}: {', '.join(_keys(step.outline, name))}")
         for note in step.outline.notes:
             print(f"    {note}")
+    for note in made.notes:
+        print(f"  output: {note}")
     print("tensors: " + ", ".join(f"{len(names)} {kind}" for kind, names in made.changes.items()))
     if tensors:
         for kind in ("rewritten", "added", "dropped"):

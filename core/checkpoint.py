@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 

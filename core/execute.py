@@ -15,10 +15,20 @@ from regraft.core.devices import check_device, resolve_device
 from regraft.core.errors import InputError, PluginError, TransformationError, UsageError, VerificationError
 from regraft.core.host import Host
 from regraft.core.jsonio import dump
-from regraft.core.layout import Layout, lay_out
+from regraft.core.layout import Layout
 from regraft.core.output_file import resources
 from regraft.core.patch import Patch, overlay
-from regraft.core.plan import Plan, PlannedStep, blaming, make_plan, open_base, output_patches, outputs_of, paths_of
+from regraft.core.plan import (
+    Plan,
+    PlannedStep,
+    blaming,
+    layout_of,
+    make_plan,
+    open_base,
+    output_of,
+    outputs_of,
+    paths_of,
+)
 from regraft.core.processes import DONE, READY, Processes, processes
 from regraft.core.requirements import check_resources, worker_count
 from regraft.core.saved_patches import check_patch_folders, save_patches
@@ -26,6 +36,7 @@ from regraft.core.sources.folder import CARD, INDEX, LOCK, REPORTS, open_folder
 from regraft.core.sources.open import dequantised
 from regraft.core.transformation import Run
 from regraft.core.verify import Finding, check_structure, raise_findings, same_vocabulary
+from regraft.core.verify.adapter import check_adapter, open_adapter
 from regraft.core.workspace import Workspace, check_target, work_folder, workspace
 from regraft.core.writer import WriteOptions, Writer, WriteReport
 
@@ -97,6 +108,9 @@ def prepare(recipe: Recipe, host: Host, options: ApplyOptions) -> tuple[Plan, li
         InputError: the base contradicts itself.
         RegraftError: as `make_plan`.
     """
+    if recipe.writes_adapter and options.verify not in (None, "structure"):
+        raise UsageError("an adapter is verified by its structure alone", where="--verify", found=options.verify,
+                         remedy="load it with peft, which regraft does not need")  # fmt: skip
     base = open_base(recipe, host)
     findings = [Finding(note, base.label, fatal=False) for note in base.notes]
     findings += check_structure(base, host.architectures())
@@ -233,13 +247,9 @@ def run_steps(plan: Plan, host: Host, space: Workspace, device: str, options: Ap
         host.after_step(step.id, checkpoint, patch)
         patches.append(patch)
         checkpoints.append(overlay(checkpoint, patch, by=step.id))
-    notes: list[str] = []
-    result = checkpoints[-1]
-    for name, patch in output_patches(plan.recipe, result, host):
-        notes += patch.notes
-        result = overlay(result, patch, by=name)
-    result = replace(result, files={**result.files, **_reports(plan.steps, patches)})
-    return StepsRun(tuple(patches), tuple(checkpoints), result, tuple(notes))
+    output = output_of(plan.recipe, plan.base, checkpoints[-1], host)
+    result = replace(output.checkpoint, files={**output.checkpoint.files, **_reports(plan.steps, patches)})
+    return StepsRun(tuple(patches), tuple(checkpoints), result, output.notes)
 
 
 def _apply_step(step: PlannedStep, checkpoint: Checkpoint, run: Run) -> Patch:
@@ -282,7 +292,7 @@ def _check_metrics(step: PlannedStep, patch: Patch) -> None:
 def _write(
     plan: Plan, result: Checkpoint, space: Workspace, device: str, options: ApplyOptions, events: Events
 ) -> tuple[Layout, WriteReport]:
-    layout = lay_out(result, plan.recipe.output.shard_size)
+    layout = layout_of(plan.recipe, result)
     if plan.exact and layout.files != plan.layout.files:
         raise TransformationError(
             "the output is not what the plan said", expected=plan.layout.files, found=layout.files,
@@ -319,7 +329,8 @@ def verify_output(plan: Plan, ran: StepsRun, output: Path, options: ApplyOptions
     """
     result = ran.result
     try:
-        written = open_folder(output, label=_OUTPUT)
+        open_written = open_adapter if plan.recipe.writes_adapter else open_folder
+        written = open_written(output, label=_OUTPUT)
     except InputError as error:
         where = (error.where or "").replace(str(output), _OUTPUT, 1)
         raise VerificationError(
@@ -339,6 +350,9 @@ def verify_output(plan: Plan, ran: StepsRun, output: Path, options: ApplyOptions
         raise VerificationError(
             "it has files that nothing wrote", where=_OUTPUT, found=", ".join(sorted(stray)), remedy=_REMEDY
         )
+    if plan.recipe.writes_adapter:
+        raise_findings(check_adapter(written), VerificationError)
+        return "structure"
     vocabulary = not same_vocabulary(plan.base, result)
     findings = check_structure(dequantised(written), host.architectures(), vocabulary=vocabulary)
     raise_findings(findings, VerificationError)

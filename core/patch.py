@@ -15,6 +15,7 @@ from typing import Any
 from regraft.core.checkpoint import Checkpoint, FileRef
 from regraft.core.errors import PluginError
 from regraft.core.jsonio import dump, merge, same
+from regraft.core.low_rank import LowRankDelta
 from regraft.core.operations import ComputedTensor, Operation, Value
 from regraft.core.specs import TensorSpec
 from regraft.core.tensors import LazyTensor, PromisedTensor
@@ -64,6 +65,29 @@ class Patch:
 
 
 @dataclass(frozen=True)
+class DeltaSpec:
+    """A low-rank delta without values: dtypes and shapes of the factors, [rows, rank] and [rank, cols], and scale."""
+
+    left: tuple[str, tuple[int, ...]]
+    right: tuple[str, tuple[int, ...]]
+    scale: float
+
+    @classmethod
+    def of(cls, name: str, edit: Edit) -> DeltaSpec | None:
+        """That of an edit of `name`, if the edit is nothing else."""
+        delta = edit.operation
+        if not isinstance(delta, LowRankDelta) or delta.input != name:
+            return None
+        left, right = delta.left.spec, delta.right.spec
+        return cls((left.dtype, left.shape), (right.dtype, right.shape), delta.scale)
+
+    def promised(self, name: str) -> LowRankDelta:
+        """The operation, whose factors have no values yet."""
+        left, right = (PromisedTensor(TensorSpec(name, *factor)) for factor in (self.left, self.right))
+        return LowRankDelta(name, left, right, self.scale)
+
+
+@dataclass(frozen=True)
 class Outline:
     """What a step will do, known from headers and parameters alone.
 
@@ -72,6 +96,8 @@ class Outline:
         removals, renames, json, dropped: as in `Patch`.
         files: names and sizes in bytes of the files it adds or replaces (size None: known only after the run).
         notes: sentences for the plan.
+        deltas: of the tensors in `specs` those that get a low-rank delta and nothing else; only such can be written as
+            an adapter.
         exact: False where data decides a shape and the specs are upper bounds.
         undecided: by JSON file, the top-level keys whose values are known only after the run; `json` may say what the
             plan assumes of them until then.
@@ -87,6 +113,7 @@ class Outline:
     files: Mapping[str, int | None] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    deltas: Mapping[str, DeltaSpec] = field(default_factory=dict)
     exact: bool = True
     undecided: Mapping[str, frozenset[str]] = field(default_factory=dict)
     or_nothing: bool = False
@@ -104,6 +131,7 @@ class Outline:
             files={name: file.nbytes for name, file in patch.files.items()},
             dropped=patch.dropped,
             notes=patch.notes,
+            deltas={name: delta for name, edit in patch.edits.items() if (delta := DeltaSpec.of(name, edit))},
         )
 
     def deviations(self, patch: Patch) -> list[str]:
@@ -117,6 +145,8 @@ class Outline:
             differing.append("json")
         if not self._keeps_specs(actual.specs):
             differing.append("specs")
+        if any(actual.deltas.get(name) != delta for name, delta in self.deltas.items()):
+            differing.append("deltas")
         sizes = {name: size for name, size in actual.files.items() if self.files.get(name, size) is not None}
         promised = {name: size for name, size in self.files.items() if size is not None}
         if set(self.files) != set(actual.files) or (self.exact and promised != sizes):
@@ -165,7 +195,9 @@ def promise(below: Checkpoint, outline: Outline, *, by: str) -> Checkpoint:
     Raises:
         PluginError: as `overlay`.
     """
-    promised = {name: PromisedTensor(spec) for name, spec in outline.specs.items()}
+    promised: dict[str, LazyTensor] = {name: PromisedTensor(spec) for name, spec in outline.specs.items()}
+    for name, delta in outline.deltas.items():
+        promised[name] = _computed(below, name, Edit(outline.specs[name], delta.promised(name)), by)
     files = {name: FileRef(data=bytes(size or 0)) for name, size in outline.files.items()}
     return _assemble(below, promised, outline, files, by)
 

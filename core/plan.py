@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from regraft.core.adapter import adapter_of, check_steps, lay_out_adapter
 from regraft.core.buffers import CHUNK_BYTES, unreadable
 from regraft.core.cast import cast_patch
 from regraft.core.checkpoint import Checkpoint
@@ -58,6 +59,8 @@ class Plan:
         layout: its files.
         memory_bytes: bound of the peak host memory, Python and torch included.
         threads: the workers that the bound is for.
+        changes: tensors by what happens to them, as `compare` gives them.
+        notes: what `[output]` has to say.
     """
 
     recipe: Recipe
@@ -68,6 +71,7 @@ class Plan:
     memory_bytes: int
     threads: int
     changes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def weight_bytes(self) -> int:
@@ -128,11 +132,14 @@ def make_plan(recipe: Recipe, base: Checkpoint, host: Host, *, threads: int) -> 
         planned = plan_step(step, checkpoint, host)
         steps.append(planned)
         checkpoint = promise(checkpoint, planned.outline, by=step.id)
-    for name, patch in output_patches(recipe, checkpoint, host):
-        checkpoint = overlay(checkpoint, patch, by=name)
-    layout = lay_out(checkpoint, recipe.output.shard_size)
+    if recipe.writes_adapter:
+        check_steps(base, {step.id: step.outline for step in steps})
+    output = output_of(recipe, base, checkpoint, host)
+    checkpoint = output.checkpoint
+    layout = layout_of(recipe, checkpoint)
     memory = memory_bound(checkpoint, threads) + max((step.outline.workspace_bytes for step in steps), default=0)
-    return Plan(recipe, base, tuple(steps), checkpoint, layout, memory, threads, compare(base, checkpoint))
+    changes = changes_of(recipe, base, checkpoint)
+    return Plan(recipe, base, tuple(steps), checkpoint, layout, memory, threads, changes, output.notes)
 
 
 def plan_step(step: Step, checkpoint: Checkpoint, host: Host) -> PlannedStep:
@@ -221,6 +228,47 @@ def outputs_of(params: BaseModel) -> Iterator[tuple[str, Path]]:
 def _output_keys(params: BaseModel) -> set[str]:
     shape = shape_of(type(params))
     return {name for name, _ in params for node in shape.at((name,), {}) if node.get("format") == "output-path"}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The output after what `[output]` asks for.
+
+    Args:
+        checkpoint: as it is written.
+        notes: what was done.
+    """
+
+    checkpoint: Checkpoint
+    notes: tuple[str, ...] = ()
+
+
+def output_of(recipe: Recipe, base: Checkpoint, checkpoint: Checkpoint, host: Host) -> Finished:
+    """What `[output]` makes of the checkpoint after the last step, and what it has to say.
+
+    Raises:
+        Unsupported: it cannot be written in that form.
+    """
+    if recipe.writes_adapter:
+        adapter, notes = adapter_of(base, checkpoint, dtype=recipe.output.dtype, families=host.architectures())
+        return Finished(adapter, tuple(notes))
+    notes = list[str]()
+    for name, patch in output_patches(recipe, checkpoint, host):
+        notes += patch.notes
+        checkpoint = overlay(checkpoint, patch, by=name)
+    return Finished(checkpoint, tuple(notes))
+
+
+def layout_of(recipe: Recipe, output: Checkpoint) -> Layout:
+    """The weight files of the output."""
+    return lay_out_adapter(output) if recipe.writes_adapter else lay_out(output, recipe.output.shard_size)
+
+
+def changes_of(recipe: Recipe, base: Checkpoint, output: Checkpoint) -> dict[str, tuple[str, ...]]:
+    """As `compare`; an adapter, which stands beside the base, only adds."""
+    if recipe.writes_adapter:
+        return {"copied": (), "rewritten": (), "added": tuple(output.tensors), "dropped": ()}
+    return compare(base, output)
 
 
 def output_patches(recipe: Recipe, checkpoint: Checkpoint, host: Host) -> list[tuple[str, Patch]]:

@@ -186,7 +186,8 @@ def model_card(plan: Plan, patches: Sequence[Patch], result: Checkpoint) -> byte
     ]
     for step, patch in zip(plan.steps, patches, strict=True):
         lines += _step_section(step, patch)
-    lines += ["", "## Use", "", *_usage("auto_map" in result.config)]
+    usage = _adapter_usage(plan.base) if plan.recipe.writes_adapter else _usage("auto_map" in result.config)
+    lines += ["", "## Use", "", *usage]
     if BASE_CARD in result.files:
         lines += ["", f"The card of the base is in `{BASE_CARD}`; its licence applies."]
     lines += ["", f"Every digest, version and parameter is in `{LOCK}`; `regraft verify` recomputes them."]
@@ -195,12 +196,27 @@ def model_card(plan: Plan, patches: Sequence[Patch], result: Checkpoint) -> byte
 
 def _front_matter(plan: Plan) -> list[str]:
     """What hubs read of a model card; the licence and the kind of model are the base's."""
-    front = ["---", "library_name: transformers", "tags:", "- regraft"]
+    adapter = plan.recipe.writes_adapter
+    front = ["---", f"library_name: {'peft' if adapter else 'transformers'}", "tags:", "- regraft"]
+    if adapter:
+        front.append("- lora")
     if plan.base.origin.get("source") == "hub":
         front.append(f"base_model: {plan.recipe.base.model}")
     card = plan.base.files.get(CARD)
     inherited = _INHERITED.findall(_matter(card.read())) if card else []
     return [*front, *inherited, "---"]
+
+
+def _adapter_usage(base: Checkpoint) -> list[str]:
+    model = base.origin.get("repo", "PATH OF THE BASE")
+    return [
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model}", dtype="auto"), "PATH")',
+        "```",
+    ]
 
 
 def _matter(card: bytes) -> str:

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from regraft.core.checkpoint import CONFIG
+from regraft.core.checkpoint import ADAPTER_CONFIG, CONFIG
 from regraft.core.errors import ResourceError, UsageError
 
 _AT_FDCWD = -100
@@ -165,11 +165,12 @@ def _check_place(target: Path, resolved: Path, force: bool) -> None:
             expected=expected,
             remedy="choose another [output] path, or replace it whole with --force",
         )
-    if force and _holds_something(resolved) and not (resolved / CONFIG).is_file():
+    known = any((resolved / name).is_file() for name in (CONFIG, ADAPTER_CONFIG))
+    if force and _holds_something(resolved) and not known:
         raise UsageError(
             "the target is no checkpoint, and --force replaces nothing else",
             where=target,
-            expected=f"a folder with {CONFIG}, or one that is new or empty",
+            expected=f"a folder with {CONFIG} or {ADAPTER_CONFIG}, or one that is new or empty",
             remedy="choose another [output] path, or empty the folder yourself",
         )
     parent = next(folder for folder in resolved.parents if folder.exists())

@@ -183,6 +183,16 @@ class Architecture:
         switches = [part.bias for part in self.layout.parts_of(role)]
         return switches[0] if switches and isinstance(switches[0], str) else None
 
+    @cached_property
+    def modules(self) -> dict[str, Slot]:
+        """The modules of the stock class, by the weight that each holds whole. Stacked experts are in none."""
+        layers = (OUTSIDE, *range(self.num_layers))
+        parts = [(part, layer) for layer in layers for part in self.layout.present(layer)]
+        slots = [
+            self.layout.slot(part, layer, None) for part, layer in parts if not (part.per_expert or part.parameter)
+        ]
+        return {slot.tensor: slot for slot in slots if slot.module is not None}
+
     def expected_specs(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that the config implies, by name, with its shape; a tied head is left out.
 

@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, SerializeAsAny, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializeAsAny,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from regraft.core.recipe.document import SCHEMA_VERSION
@@ -96,6 +105,11 @@ class Output(_Frozen):
     shard_size: Size = Field(
         default=DEFAULT_SHARD_BYTES, description="The largest size of one file, in bytes or as 5GB (10^9), 2GiB (2^30)."
     )
+    format: Literal["checkpoint", "adapter"] = Field(
+        default="checkpoint",
+        description="A whole checkpoint, or what the steps add to the base as a PEFT adapter; for steps that make "
+        "low-rank deltas and nothing else.",
+    )
     quantize: Literal["none", "nf4", "int8"] = Field(default="none", description="Store in a bitsandbytes format.")
     digest: Literal["xxh3", "sha256", "none"] = Field(
         default="xxh3", description="How the bytes of files are fingerprinted."
@@ -103,6 +117,17 @@ class Output(_Frozen):
     verify: Literal["structure", "load", "forward"] = Field(
         default="structure", description="How deeply the result is checked before it appears under its name."
     )
+
+    @model_validator(mode="after")
+    def _adapter_settings(self) -> Self:
+        """Refuse beside an adapter what is said of a whole checkpoint."""
+        if self.format == "adapter":
+            for key in ("quantize", "shard_size", "verify"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise PydanticCustomError(
+                        "adapter", '{key} is for whole checkpoints, and format is "adapter": leave it out', {"key": key}
+                    )
+        return self
 
     def changes_weights(self) -> bool:
         """Whether the output differs from the base even without a step: another dtype, quantisation or sharding."""
@@ -163,6 +188,11 @@ class Recipe(_Frozen):
         copy = self.model_copy()
         copy._references = references
         return copy
+
+    @property
+    def writes_adapter(self) -> bool:
+        """Whether the output is an adapter, to stand beside the base."""
+        return self.output.format == "adapter"
 
     def with_output(self, path: Path) -> Self:
         """The same recipe, writing to `path`."""

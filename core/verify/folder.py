@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from regraft.core.errors import InputError, VerificationError
+from regraft.core.errors import InputError, UsageError, VerificationError
 from regraft.core.sources.folder import open_folder
 from regraft.core.sources.open import dequantised
+from regraft.core.verify.adapter import check_adapter, is_adapter, open_adapter
 from regraft.core.verify.load import Depth, verify_load
 from regraft.core.verify.lock import check_lock, scan_values
 from regraft.core.verify.structure import Finding, check_structure
@@ -44,7 +45,7 @@ class VerifyReport:
 def verify_folder(
     folder: Path, families: Sequence[Any] = (), *, depth: Depth = "structure", deep: bool = False, trust: bool = False
 ) -> VerifyReport:
-    """Verify the checkpoint in `folder`.
+    """Verify the checkpoint, or the adapter, in `folder`.
 
     Args:
         folder: a checkpoint folder; a lock file in it is recomputed.
@@ -55,13 +56,21 @@ def verify_folder(
 
     Raises:
         InputError: there is no such folder, or it cannot be read as a checkpoint at all.
+        UsageError: stock transformers is to load an adapter.
     """
     if not folder.is_dir():
         raise InputError(
             "there is no such folder", where=folder, expected="a checkpoint folder", remedy="check the path"
         )
-    checkpoint = open_folder(folder, label=str(folder))
-    findings = check_structure(dequantised(checkpoint), families)
+    if is_adapter(folder):
+        if depth != "structure":
+            raise UsageError("an adapter is verified by its structure alone", where="--depth", found=depth,
+                             remedy="load it with peft, which regraft does not need")  # fmt: skip
+        checkpoint = open_adapter(folder, label=str(folder))
+        findings = check_adapter(checkpoint)
+    else:
+        checkpoint = open_folder(folder, label=str(folder))
+        findings = check_structure(dequantised(checkpoint), families)
     from_lock, agreeing = check_lock(folder, checkpoint)
     findings += from_lock
     if deep:

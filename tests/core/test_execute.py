@@ -10,6 +10,7 @@ import pytest
 from regraft.core.checkpoint import FileRef
 from regraft.core.errors import InputError, PluginError, TransformationError, UsageError, VerificationError
 from regraft.core.execute import ApplyOptions, Events, apply, inputs_of, prepare
+from regraft.core.layout import lay_out
 from regraft.core.operations import Value
 from regraft.core.patch import Edit, Outline, Patch
 from regraft.core.recipe.load import load_recipe
@@ -198,8 +199,7 @@ def test_a_layout_that_is_not_the_plan_s(workplace, monkeypatch):
     """The bytes that are about to be written are compared with the plan once more."""
     import regraft.core.execute as execute
 
-    whole = execute.lay_out
-    monkeypatch.setattr(execute, "lay_out", lambda checkpoint, shard_bytes: whole(checkpoint, 30_000))
+    monkeypatch.setattr(execute, "layout_of", lambda recipe, output: lay_out(output, 30_000))
     with pytest.raises(TransformationError, match="not what the plan said"):
         run(ABF)
     assert not Path("out").exists()

@@ -75,6 +75,7 @@ def test_defaults(load):
         "output": {
             "dtype": "keep",
             "shard_size": 5 * 10**9,
+            "format": "checkpoint",
             "quantize": "none",
             "digest": "xxh3",
             "verify": "structure",
@@ -145,7 +146,7 @@ SNAPSHOTS = {
             'r.toml:5:2: bse: unknown key (did you mean "base"?)',
             "r.toml:8:1: output.seed: unknown key (it belongs at the top of the file, above the first [table])",
             "r.toml:9:1: output.use: unknown key (it belongs in a [[steps]] table)",
-            "r.toml:10:1: output.x: unknown key (known keys: path, dtype, shard_size, quantize, digest, verify)",
+            "r.toml:10:1: output.x: unknown key (known keys: path, dtype, shard_size, format, quantize, digest, verify)",
             'r.toml:11:3: step: unknown key (did you mean "steps"?)',
         ],
     ),
