@@ -24,12 +24,13 @@ from regraft.core.patch import Edit, Patch, Renamed
 from regraft.core.residual_operations import BiasUpdate, ScaleColumns
 from regraft.core.row_map import RowMap
 from regraft.core.shape_operations import Constant, Resize
+from regraft.core.sparse_operations import ZeroLowest
 from regraft.core.specs import ITEM_BYTES, TensorSpec
 from regraft.core.tensors import LazyTensor, WeightFile
 
 PATCH_SCHEMA = 1
 _DOCUMENT, _TENSORS, _FILES = "patch.json", "tensors.safetensors", "files"
-_FORMULAS = (Value, Convert, ScaleRows, LowRankDelta, BiasUpdate, ScaleColumns, RowMap, Resize, Constant)
+_FORMULAS = (Value, Convert, ScaleRows, LowRankDelta, BiasUpdate, ScaleColumns, RowMap, Resize, Constant, ZeroLowest)
 _KINDS: Mapping[str, type[Operation]] = {formula.kind: formula for formula in _FORMULAS}
 
 
