@@ -15,6 +15,7 @@ from regraft.core.data.settings import DataSettings
 from regraft.core.errors import InputError
 from regraft.plugins.tokenizer_retrofit.merges import Word
 from regraft.plugins.tokenizer_retrofit.spelling import SPACE
+from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -79,20 +80,23 @@ class Corpus:
 
 
 def count_words(
-    texts: Iterable[str], tokenizer: Tokenizer, *, tell: Callable[[int], None] | None = None
+    texts: Iterable[str], old: TokenizerFile, *, tell: Callable[[int], None] | None = None
 ) -> Counter[Word]:
     """How often each word stands in the texts, as the tokens that the model makes of it.
 
     Args:
         texts: raw.
-        tokenizer: whose normaliser and pre-tokenizer cut the words, and whose model spells them.
+        old: whose normaliser and pre-tokenizer cut the words, and whose model spells them. Without a pre-tokenizer
+            a word begins at the mark of a space, as long as no token of the vocabulary spans words.
         tell: called with the number of characters read so far.
     """
+    tokenizer = old.backend()
+    marked = old.spelling == "pieces" and not old.spans_words
     pieces: Counter[str] = Counter()
     read = 0
     for text in texts:
         for part in _parts(text):
-            pieces.update(_cut(part, tokenizer))
+            pieces.update(_cut(part, tokenizer, marked))
             read += len(part)
             if tell is not None:
                 tell(read)
@@ -116,7 +120,7 @@ def _parts(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _cut(text: str, tokenizer: Tokenizer) -> Iterator[str]:
+def _cut(text: str, tokenizer: Tokenizer, marked: bool) -> Iterator[str]:
     """Words, in the alphabet of the model."""
     normal = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer is not None else text
     if tokenizer.pre_tokenizer is not None:
@@ -124,4 +128,4 @@ def _cut(text: str, tokenizer: Tokenizer) -> Iterator[str]:
     else:
         pieces = [normal]
     for piece in pieces:
-        yield from _WORD_START.split(piece)
+        yield from _WORD_START.split(piece) if marked else (piece,)

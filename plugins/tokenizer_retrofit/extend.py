@@ -7,12 +7,11 @@ decided once, on a corpus: every loader knows what to do with it, and the model 
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 from regraft.core.errors import InputError
+from regraft.plugins.tokenizer_retrofit.assembly import added_entries, assemble
 from regraft.plugins.tokenizer_retrofit.corpus import count_words
 from regraft.plugins.tokenizer_retrofit.merges import Merge, Word, learn_merges
 from regraft.plugins.tokenizer_retrofit.spelling import byte_piece
@@ -47,7 +46,7 @@ def extend(
     Raises:
         InputError: nothing in the corpus can be merged; `tokenizers` does not read the file.
     """
-    words = count_words(texts, old.backend(), tell=_telling(tell, "{:,} characters of the corpus read", every=1 << 20))
+    words = count_words(texts, old, tell=_telling(tell, "{:,} characters of the corpus read", every=1 << 20))
     if old.spelling == "pieces":
         words = _without_bytes(words)
     merges = learn_merges(
@@ -59,13 +58,13 @@ def extend(
             "the corpus has nothing to merge", where="corpus", expected=f"a pair of tokens seen {min_count} times",
             remedy="give more text, or lower min_count",
         )  # fmt: skip
-    ids = _free_ids(old, len(merges))
     compositions = _compositions(old.ids, merges)
-    document = _document(old, merges, ids, compositions)
-    new = TokenizerFile.parse(document, old.label)
+    ids = dict(zip(compositions, range(old.rows, old.rows + len(merges)), strict=True))
+    pairs = [*old.merges, *((merge.left, merge.right) for merge in merges)]
+    new = assemble(old, {**old.ids, **ids}, merges=pairs, scores=_scores(old, merges), added=added_entries(old))
     origins = [Origin(kept=index) for index in range(rows)] + [Origin()] * (new.rows - rows)
-    for index, parts in zip(ids, compositions, strict=True):
-        origins[index] = Origin(parts=parts)
+    for token, index in ids.items():
+        origins[index] = Origin(parts=compositions[token])
     notes = (f"{len(merges)} of {size} tokens: no other pair stands {min_count} times in the corpus",)
     return NewVocabulary(new, origins, {"merges": len(merges)}, notes if len(merges) < size else ())
 
@@ -98,43 +97,18 @@ def _without_bytes(words: Mapping[Word, int]) -> Counter[Word]:
     return found
 
 
-def _free_ids(old: TokenizerFile, count: int) -> list[int]:
-    """Ids behind the last one in use."""
-    return list(range(old.rows, old.rows + count))
-
-
-def _compositions(ids: Mapping[str, int], merges: Sequence[Merge]) -> list[tuple[int, ...]]:
-    """The old ids that spell each new token."""
+def _compositions(ids: Mapping[str, int], merges: Sequence[Merge]) -> dict[str, tuple[int, ...]]:
+    """The old ids that spell each new token, in order of the merges."""
     made: dict[str, tuple[int, ...]] = {}
     for merge in merges:
         left, right = ((made[part] if part in made else (ids[part],)) for part in (merge.left, merge.right))
         made[merge.token] = left + right
-    return list(made.values())
+    return made
 
 
-def _document(
-    old: TokenizerFile, merges: Sequence[Merge], ids: Sequence[int], compositions: Sequence[tuple[int, ...]]
-) -> dict[str, Any]:
-    document = copy.deepcopy(dict(old.document))
-    model = document["model"]
-    tokens = [merge.token for merge in merges]
-    if old.kind == "Unigram":
-        scores = [piece[1] for piece in model["vocab"]]
-        if len(scores) != ids[0]:
-            raise InputError(
-                "added tokens stand behind the pieces, so that none can be appended", where=old.label,
-                expected=f"{len(scores)} ids", found=ids[0],
-            )  # fmt: skip
-        model["vocab"] += [
-            [token, sum(scores[part] for part in parts) + _PREFERENCE]
-            for token, parts in zip(tokens, compositions, strict=True)
-        ]
-        return document
-    model["vocab"] |= dict(zip(tokens, ids, strict=True))
-    if old.kind == "BPE":
-        as_text = any(isinstance(entry, str) for entry in model["merges"])
-        if as_text and any(" " in part for merge in merges for part in (merge.left, merge.right)):
-            model["merges"] = [list(pair) for pair in old.merges]
-            as_text = False
-        model["merges"] += [f"{merge.left} {merge.right}" if as_text else [merge.left, merge.right] for merge in merges]
-    return document
+def _scores(old: TokenizerFile, merges: Sequence[Merge]) -> dict[str, float]:
+    """Scores of Unigram pieces; a new one scores a little more than its parts together, so that it is chosen."""
+    scores = dict(old.scores)
+    for merge in merges if scores else ():
+        scores[merge.token] = scores[merge.left] + scores[merge.right] + _PREFERENCE
+    return scores

@@ -61,6 +61,39 @@ def metadata(checkpoint: Checkpoint, rows: int, new_id: Mapping[int, int] | None
     return Metadata({name: change for name, change in found.items() if change}, dropped)
 
 
+def movable(checkpoint: Checkpoint) -> dict[str, set[str]]:
+    """By file, the keys whose values follow the new ids and the number of rows."""
+    found = {CONFIG: {"vocab_size", *_sizes(checkpoint.config, 0)}}
+    for name, config in ((CONFIG, checkpoint.config), (GENERATION_CONFIG, checkpoint.generation_config)):
+        keys = {key for key, value in config.items() if _names_ids(key) or isinstance(value, Mapping)}
+        if keys:
+            found.setdefault(name, set()).update(keys)
+    if "added_tokens_decoder" in checkpoint.json(TOKENIZER_CONFIG):
+        found[TOKENIZER_CONFIG] = {"added_tokens_decoder"}
+    return found
+
+
+def token_ids_of(config: Mapping[str, Any]) -> Iterator[int]:
+    """Every token id that a config names."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from token_ids_of(value)
+        elif _names_ids(key):
+            yield from _flat(value)
+
+
+def _names_ids(key: str) -> bool:
+    return key.endswith(("token_id", "_token_index")) or key in _LISTS
+
+
+def _flat(value: Any) -> Iterator[int]:
+    if isinstance(value, list):
+        for one in value:
+            yield from _flat(one)
+    elif type(value) is int and value >= 0:
+        yield value
+
+
 def _sizes(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
     """`vocab_size` wherever the config has it."""
     found: dict[str, Any] = {"vocab_size": rows} if "vocab_size" in config else {}
@@ -77,7 +110,7 @@ def _ids(config: Mapping[str, Any], where: str, moved: Any) -> dict[str, Any]:
         if isinstance(value, Mapping):
             if nested := _ids(value, f"{where}: {key}", moved):
                 found[key] = nested
-        elif key.endswith(("token_id", "_token_index")) or key in _LISTS:
+        elif _names_ids(key):
             new = _moved(value, moved, f"{where}: {key}")
             if new != value:
                 found[key] = new

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -11,21 +12,55 @@ from regraft.core.transformation import Params
 
 Count = Annotated[int, Field(ge=1)]
 
+_LEARNT = ("extend", "replace-train", "trim")
+_USED = {
+    "corpus": _LEARNT,
+    "corpus_bytes": _LEARNT,
+    "size": ("extend", "replace-train"),
+    "min_count": _LEARNT,
+    "donor": ("replace-donor",),
+    "add": ("add-tokens",),
+    "keep": ("trim",),
+}
+_NEEDED = {
+    "extend": ("corpus",),
+    "replace-train": ("corpus", "size"),
+    "replace-donor": ("donor",),
+    "add-tokens": ("add",),
+    "trim": ("corpus",),
+}
+
 
 class TokenizerRetrofitParams(Params):
     """Parameters of `tokenizer-retrofit`."""
 
-    vocabulary: Literal["extend"] = Field(
+    vocabulary: Literal["extend", "replace-train", "replace-donor", "add-tokens", "trim"] = Field(
         "extend",
-        description="extend: merges learnt on a corpus are appended, and every old token keeps its id and its row.",
+        description="extend: merges learnt on the corpus are appended, and every old token keeps its id and its row. "
+        "replace-train: a vocabulary of its own, trained on the corpus. replace-donor: that of another tokenizer. "
+        "add-tokens: `add` is matched verbatim. trim: only what the corpus uses stays.",
     )
-    corpus: Data = Field(description="Texts that the vocabulary is made for.")
+    corpus: Data | None = Field(None, description="Texts that the vocabulary is made for.")
     corpus_bytes: Count | None = Field(None, description="Read so many bytes of the corpus. Default: all.")
-    size: Count = Field(2048, description="Most tokens that are appended.")
-    min_count: Count = Field(3, description="Pairs that stand in the corpus less often are not merged.")
-    max_length: Annotated[int, Field(ge=2)] = Field(
-        32, description="Characters of a new token, in the alphabet of the vocabulary: bytes where it is byte-level."
+    size: Count | None = Field(
+        None, description="extend: most tokens that are appended; default 2048. replace-train: of the vocabulary."
     )
+    min_count: Count | None = Field(
+        None, description="Pairs (trim: words) that stand in the corpus less often are left alone. Default 3; trim: 1."
+    )
+    max_length: Annotated[int, Field(ge=2)] = Field(
+        32, description="extend: characters of a new token, in the alphabet of the vocabulary: bytes where byte-level."
+    )
+    algorithm: Literal["bpe", "unigram", "longest-match"] = Field(
+        "bpe", description="replace-train: the model of the new vocabulary."
+    )
+    donor: Path | None = Field(None, description="replace-donor: a folder with a tokenizer.json, or the file.")
+    special: Literal["source", "donor"] = Field(
+        "source", description="replace-donor: whose special tokens, beginnings and ends of texts the result has."
+    )
+    add: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), description="add-tokens: texts of the new tokens.")
+    add_special: bool = Field(True, description="add-tokens: leave them out when text is decoded for reading.")
+    keep: tuple[str, ...] = Field((), description="trim: texts whose tokens stay, however rare.")
     init: Literal["subtoken-mean"] = Field(
         "subtoken-mean", description="Rows of new tokens. subtoken-mean: the mean of the rows that spell the token."
     )
@@ -34,7 +69,14 @@ class TokenizerRetrofitParams(Params):
     )
 
     @model_validator(mode="after")
-    def _corpus_is_text(self) -> Self:
-        if self.corpus.kind not in (None, "text"):
+    def _keys_fit(self) -> Self:
+        given = {key for key in _USED if getattr(self, key) not in (None, ())}
+        used = {key for key, kinds in _USED.items() if self.vocabulary in kinds}
+        if strays := sorted(given - used):
+            raise ValueError(f'{strays[0]} is not for vocabulary = "{self.vocabulary}": leave it out')
+        needed = [key for key in _NEEDED[self.vocabulary] if key not in given]
+        if needed:
+            raise ValueError(f'vocabulary = "{self.vocabulary}" needs {needed[0]}')
+        if self.corpus is not None and self.corpus.kind not in (None, "text"):
             raise ValueError('a corpus is text: leave kind out, or set kind = "text"')
         return self

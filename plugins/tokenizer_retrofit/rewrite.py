@@ -7,17 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 from regraft.core.checkpoint import Checkpoint, FileRef
-from regraft.core.data.load import check_sources
 from regraft.core.jsonio import dump
 from regraft.core.patch import Edit, Outline, Patch, overlay
 from regraft.core.transformation import Run
 from regraft.core.verify.structure import TOKENIZER
-from regraft.plugins.tokenizer_retrofit.corpus import Corpus
-from regraft.plugins.tokenizer_retrofit.extend import extend
-from regraft.plugins.tokenizer_retrofit.metadata import metadata
+from regraft.plugins.tokenizer_retrofit.metadata import metadata, movable
 from regraft.plugins.tokenizer_retrofit.params import TokenizerRetrofitParams
 from regraft.plugins.tokenizer_retrofit.proof import prove
 from regraft.plugins.tokenizer_retrofit.rows import subtoken_means
+from regraft.plugins.tokenizer_retrofit.sources import check_source, corpus_of, make_vocabulary, most_rows
 from regraft.plugins.tokenizer_retrofit.tables import Tables
 from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
 from regraft.plugins.tokenizer_retrofit.vocabulary import NewVocabulary
@@ -28,29 +26,32 @@ ID_MAP, REPORT = "id_map.json", "retrofit_report.json"
 def check(checkpoint: Checkpoint, params: TokenizerRetrofitParams) -> None:
     """Refuse what headers, config and tokenizer.json show to be impossible."""
     Tables.of(checkpoint, TokenizerFile.of(checkpoint))
-    check_sources(params.corpus)
+    check_source(params)
 
 
 def outline(checkpoint: Checkpoint, params: TokenizerRetrofitParams) -> Outline:
-    """The most rows that there may be; how many there are is known when the corpus has been read."""
+    """The most rows that there may be; how many there are is known when the vocabulary is made."""
     old = TokenizerFile.of(checkpoint)
     tables = Tables.of(checkpoint, old)
-    rows = padded(max(tables.rows, old.rows + params.size), params.pad_to_multiple_of)
+    rows = padded(most_rows(old, tables, params), params.pad_to_multiple_of)
     changes = metadata(checkpoint, rows)
-    memory = 4 * max(spec.nbytes for spec in tables.specs(checkpoint, rows).values())
+    specs = tables.specs(checkpoint, rows)
+    memory = 4 * max(checkpoint.specs[tables.embeddings].nbytes, specs[tables.embeddings].nbytes)
+    undecided = {name: frozenset(keys) for name, keys in movable(checkpoint).items()}
     return Outline(
-        specs=tables.specs(checkpoint, rows),
+        specs=specs,
         json=changes.json,
         files={TOKENIZER: None},
         dropped=changes.dropped,
-        notes=(f"at most {params.size} tokens are appended to {old.rows}",),
+        notes=(f"{old.rows} tokens, and then at most {rows} rows",),
         exact=False,
+        undecided=undecided,
         workspace_bytes=memory,
     )
 
 
 def apply(checkpoint: Checkpoint, params: TokenizerRetrofitParams, run: Run) -> Patch:
-    """Read the corpus, make the vocabulary and its rows, and prove the tokenizer.
+    """Make the vocabulary and its rows, and prove the tokenizer.
 
     Raises:
         InputError: the corpus is empty, no text, or has nothing to merge.
@@ -58,14 +59,14 @@ def apply(checkpoint: Checkpoint, params: TokenizerRetrofitParams, run: Run) -> 
     """
     old = TokenizerFile.of(checkpoint)
     tables = Tables.of(checkpoint, old)
-    corpus = Corpus(params.corpus, params.corpus_bytes)
-    new = extend(
-        old, tables.rows, corpus.texts(), size=params.size, min_count=params.min_count, max_length=params.max_length,
-        tell=run.tell,
-    )  # fmt: skip
+    new = make_vocabulary(checkpoint, old, tables, params, run)
     patch = made_patch(checkpoint, tables, new, params)
-    figures = prove(checkpoint, overlay(checkpoint, patch, by=run.step), old, new, corpus.texts(), run)
-    figures = {**new.figures, **new.counts(), **figures, "corpus": corpus.summary()}
+    corpus = corpus_of(params)
+    texts = corpus.texts() if corpus is not None else ()
+    figures = prove(checkpoint, overlay(checkpoint, patch, by=run.step), old, new, texts, run)
+    figures = {**new.figures, **new.counts(), **figures}
+    if corpus is not None:
+        figures["corpus"] = corpus.summary()
     reports = {
         ID_MAP: FileRef(data=_json(new.id_map())),
         REPORT: FileRef(data=_json(figures)),
@@ -76,7 +77,9 @@ def apply(checkpoint: Checkpoint, params: TokenizerRetrofitParams, run: Run) -> 
 def made_patch(checkpoint: Checkpoint, tables: Tables, new: NewVocabulary, params: TokenizerRetrofitParams) -> Patch:
     """Tables, tokenizer and configs, without proof."""
     total = padded(len(new.origins), params.pad_to_multiple_of)
-    changes = metadata(checkpoint, total)
+    moved = new.new_id()
+    same = all(moved.get(index) == index for index in range(tables.rows))
+    changes = metadata(checkpoint, total, None if same else moved)
     specs = tables.specs(checkpoint, total)
     edits = {}
     for name in tables.names:

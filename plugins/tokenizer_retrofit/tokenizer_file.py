@@ -11,7 +11,7 @@ from regraft.core.checkpoint import Checkpoint
 from regraft.core.errors import InputError, Unsupported
 from regraft.core.jsonio import dump
 from regraft.core.verify.structure import TOKENIZER
-from regraft.plugins.tokenizer_retrofit.spelling import CONTINUES, Spelling, bytes_of
+from regraft.plugins.tokenizer_retrofit.spelling import CONTINUES, SPACE, Spelling, bytes_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -113,6 +113,8 @@ class TokenizerFile:
     @cached_property
     def merges(self) -> tuple[tuple[str, str], ...]:
         """The merges of a BPE model, in order; written as pairs or as two tokens with a space between them."""
+        if self.kind != "BPE":
+            return ()
         pairs = [entry.split(" ") if isinstance(entry, str) else entry for entry in self.model.get("merges", ())]
         for number, pair in enumerate(pairs):
             if len(pair) != 2 or not all(isinstance(part, str) for part in pair):
@@ -120,9 +122,27 @@ class TokenizerFile:
         return tuple((left, right) for left, right in pairs)
 
     @cached_property
+    def scores(self) -> Mapping[str, float]:
+        """Scores of Unigram pieces; empty for other kinds."""
+        return {str(piece): float(score) for piece, score in self.model["vocab"]} if self.kind == "Unigram" else {}
+
+    @cached_property
+    def unknown(self) -> str | None:
+        """The token for what the vocabulary cannot spell; None without."""
+        if self.kind == "Unigram":
+            return self.tokens.get(self.model.get("unk_id", -1))
+        found = self.model.get("unk_token")
+        return found if isinstance(found, str) and found else None
+
+    @cached_property
     def verbatim(self) -> frozenset[str]:
         """Tokens that are matched in the text as they stand."""
         return frozenset(token.content for token in self.added)
+
+    @cached_property
+    def spans_words(self) -> bool:
+        """Whether a token goes on behind the mark of a space that does not begin it."""
+        return any(SPACE in token.lstrip(SPACE) for token in self.vocab if token not in self.verbatim)
 
     def bytes_of(self, token: str) -> bytes | None:
         """The bytes of a token; None if it spells none."""
@@ -173,7 +193,7 @@ def _added(document: Mapping[str, Any], label: str) -> Iterator[AddedToken]:
 
 def _spelling(document: Mapping[str, Any], kind: str) -> Spelling:
     """By what the stages around the model do; byte-level where any of them is."""
-    if kind == "WordPiece":
+    if kind == "WordPiece" and document["model"].get("continuing_subword_prefix", CONTINUES) == CONTINUES:
         return "words"
     stages = [
         stage.get("type") for name in ("pre_tokenizer", "decoder", "normalizer") for stage in _stages(document, name)

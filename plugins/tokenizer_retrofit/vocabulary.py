@@ -40,8 +40,9 @@ class NewVocabulary:
     notes: tuple[str, ...] = ()
 
     def new_id(self) -> dict[int, int]:
-        """The new id of every old one that is kept."""
-        return {origin.kept: index for index, origin in enumerate(self.origins) if origin.kept is not None}
+        """The new id of every old one that is kept, the first where there are several."""
+        kept = [(origin.kept, index) for index, origin in enumerate(self.origins) if origin.kept is not None]
+        return dict(reversed(kept))
 
     def counts(self) -> dict[str, int]:
         """How many rows are copied, composed, and neither."""

@@ -38,6 +38,7 @@ def backend(kind, size=320):
         made.decoder = decoders.Sequence(
             [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         )
+        made.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")  # for the training alone
         pieces = [f"<0x{byte:02X}>" for byte in range(256)]
         trainer = trainers.BpeTrainer(vocab_size=size + 60, special_tokens=[*SPECIALS, *pieces])
     elif kind == "unigram":
@@ -53,6 +54,7 @@ def backend(kind, size=320):
         trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=SPECIALS)
     made.train_from_iterator([ENGLISH, "".join(sorted(set(DUTCH)))], trainer)
     if kind == "piece-bpe":
+        made.pre_tokenizer = None
         made = Tokenizer.from_str(_without_added(made.to_str()))
     made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return made
@@ -83,7 +85,8 @@ def save(family, folder, kind="byte-bpe", rows=None, own_class=True, **options):
 
 
 def params(corpus, **values):
-    given = {"corpus": str(corpus), "size": 40, "min_count": 2, **values}
+    given = {"corpus": corpus, "size": 40, "min_count": 2, **values}
+    given = {key: value for key, value in given.items() if value is not None}
     return TokenizerRetrofitParams.model_validate_json(json.dumps(given, default=str), strict=True)
 
 

@@ -1,0 +1,151 @@
+"""`replace-train`: a vocabulary of its own, trained on the corpus by the `tokenizers` library.
+
+The stages around the model stay, so that numbers and blanks are cut as the model has learnt them. The added tokens come
+first, then all 256 bytes, so that no text is ever lost, whatever the old vocabulary could write.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+from regraft.core.errors import InputError, Unsupported, UsageError
+from regraft.plugins.tokenizer_retrofit.assembly import added_entries, assemble, place
+from regraft.plugins.tokenizer_retrofit.spell import Speller
+from regraft.plugins.tokenizer_retrofit.spelling import CHARACTERS, SPACE, byte_piece
+from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
+from regraft.plugins.tokenizer_retrofit.vocabulary import NewVocabulary, Origin
+
+Algorithm = Literal["bpe", "unigram", "longest-match"]
+
+_LONGEST_WORD = 1 << 20
+"""Characters of a word that longest match still cuts; its own limit, 100, makes longer ones unknown."""
+
+
+def train(
+    old: TokenizerFile,
+    texts: Iterable[str],
+    *,
+    size: int,
+    algorithm: Algorithm = "bpe",
+    min_count: int = 2,
+    tell: Callable[[str], None] = lambda line: None,
+) -> NewVocabulary:
+    """A new vocabulary of at most `size` tokens, and the rows of the old one that spell them.
+
+    Args:
+        old: whose stages and added tokens stay.
+        texts: the corpus.
+        size: of the vocabulary, added tokens and bytes included.
+        algorithm: `bpe`; `unigram`; `longest-match`, the tokens of a BPE of that size, found from the left without
+            merges, as in WordPiece without marks.
+        min_count: pairs seen less often are not merged.
+        tell: shows progress.
+
+    Raises:
+        UsageError: the size has no room for the added tokens and the 256 bytes.
+        Unsupported: WordPiece tokenizers, whose stages cannot write every text; Unigram on a byte-level pipeline, and
+            longest match on another.
+        InputError: the corpus has nothing to train on.
+    """
+    added = added_entries(old)
+    first = [str(entry["content"]) for entry in sorted(added, key=lambda entry: int(entry["id"]))]
+    unknown = old.unknown or ("<unk>" if algorithm == "unigram" else None)
+    if unknown is not None and unknown not in first:
+        first.append(unknown)
+    _refuse(old, algorithm)
+    alphabet = [*CHARACTERS.values()] if old.spelling == "bytes" else [byte_piece(byte) for byte in range(256)]
+    least = len(first) + len(alphabet)
+    if size <= least:
+        raise UsageError(
+            "the vocabulary has no room for words", where="size", found=size,
+            expected=f"more than {least}: {len(first)} added tokens and 256 bytes", remedy="raise it",
+        )  # fmt: skip
+    tell(f"training a vocabulary of {size} tokens")
+    trained = _trained(old, texts, size - least, algorithm, min_count)
+    tokens = list(dict.fromkeys([*alphabet, *trained.tokens]))[: size - len(first)]
+    if len(tokens) <= len(alphabet):
+        raise InputError("the corpus has nothing to merge", where="corpus", remedy="give more text")
+    ids = place({token: old.ids.get(token, size) for token in first}, tokens)
+    merges = [pair for pair in trained.merges if {*pair, "".join(pair)} <= ids.keys()]
+    new = assemble(_stages(old, algorithm), ids, merges=merges, scores=trained.scores, added=added, unknown=unknown)
+    speller = Speller(old)
+    origins = speller.origins(new, len(ids))
+    for token in first:
+        if token in old.ids:
+            origins[ids[token]] = Origin(kept=old.ids[token])
+    return NewVocabulary(new, origins, {"algorithm": algorithm, "tokens": len(ids)})
+
+
+def _refuse(old: TokenizerFile, algorithm: Algorithm) -> None:
+    if old.spelling == "words":
+        raise Unsupported(
+            "a WordPiece tokenizer cannot write every text, so no vocabulary is trained for its stages",
+            where=old.label, remedy='extend it, or take a donor: vocabulary = "replace-donor"',
+        )  # fmt: skip
+    needed = {"unigram": "pieces", "longest-match": "bytes"}.get(algorithm, old.spelling)
+    if needed != old.spelling:
+        names = {"pieces": "SentencePiece", "bytes": "byte-level"}
+        raise Unsupported(f"{algorithm} needs a {names[needed]} pipeline", where=old.label,
+                          found=names[old.spelling], remedy='use algorithm = "bpe"')  # fmt: skip
+
+
+class _Trained:
+    """What a trainer found, in its order."""
+
+    def __init__(self, document: Mapping[str, Any]) -> None:
+        model = document["model"]
+        self.scores: dict[str, float] = {}
+        if isinstance(model["vocab"], list):
+            self.scores = {str(piece): float(score) for piece, score in model["vocab"]}
+            self.tokens = list(self.scores)
+        else:
+            self.tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+        pairs = [entry.split(" ") if isinstance(entry, str) else entry for entry in model.get("merges", ())]
+        self.merges: list[tuple[str, str]] = [(left, right) for left, right in pairs]
+
+
+def _trained(old: TokenizerFile, texts: Iterable[str], size: int, algorithm: Algorithm, min_count: int) -> _Trained:
+    from tokenizers import models, pre_tokenizers, trainers
+
+    made = old.backend()
+    made.post_processor = None
+    if algorithm == "unigram":
+        made.model = models.Unigram()
+        trainer: Any = trainers.UnigramTrainer(vocab_size=size, show_progress=False, special_tokens=[])
+    else:
+        made.model = models.BPE()
+        letters = [*CHARACTERS.values()] if old.spelling == "bytes" else []
+        whole = size + len(letters)
+        trainer = trainers.BpeTrainer(
+            vocab_size=whole, min_frequency=min_count, show_progress=False, initial_alphabet=letters, special_tokens=[]
+        )
+    if made.pre_tokenizer is None:
+        # No token is to span words, which nothing but the mark of a space tells apart here.
+        made.pre_tokenizer = pre_tokenizers.Split(SPACE, "merged_with_next")
+    made.train_from_iterator(texts, trainer)
+    return _Trained(json.loads(made.to_str()))
+
+
+def _stages(old: TokenizerFile, algorithm: Algorithm) -> TokenizerFile:
+    """The old file with a model of the new kind, still without its vocabulary."""
+    document = copy.deepcopy(dict(old.document))
+    settings: dict[str, Any] = {"unk_token": old.unknown, "fuse_unk": False, "byte_fallback": old.spelling == "pieces"}
+    if algorithm == "bpe":
+        document["model"] = {
+            "type": "BPE", "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+            "ignore_merges": False, "vocab": {}, "merges": [], **settings,
+        }  # fmt: skip
+    elif algorithm == "unigram":
+        document["model"] = {"type": "Unigram", "unk_id": None, "vocab": [], "byte_fallback": True}
+    else:
+        document["model"] = {
+            "type": "WordPiece", "unk_token": old.unknown or "", "continuing_subword_prefix": "",
+            "max_input_chars_per_word": _LONGEST_WORD, "vocab": {},
+        }  # fmt: skip
+    if old.spelling == "pieces" and "ByteFallback" not in json.dumps(document.get("decoder")):
+        decoders = [{"type": "ByteFallback"}, *([document["decoder"]] if document.get("decoder") else [])]
+        document["decoder"] = {"type": "Sequence", "decoders": decoders}
+    return TokenizerFile.parse(document, old.label)
