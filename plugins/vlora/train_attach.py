@@ -74,7 +74,7 @@ class Attached:
             if self._seen is None:
                 return None
             A, B = self._seen[key]
-            x = inputs[0] if inputs else next(iter(named.values()))
+            x: torch.Tensor = inputs[0] if inputs else next(iter(named.values()))
             change = (x @ A.to(x.dtype)) @ (self.scale * B.T).to(x.dtype)
             if rows is None:
                 return output + change.to(output.dtype)

@@ -11,7 +11,6 @@ from regraft.core.data.settings import Data
 from regraft.core.recipe.references import ModelReference, OutputPath
 from regraft.core.training.settings import TrainOptions
 from regraft.core.transformation import Params
-from regraft.plugins.vlora.settings import TYPES
 
 Count = Annotated[int, Field(ge=1)]
 Stage = Literal["generator", "both"]
@@ -31,7 +30,8 @@ class NewGenerator(Params):
         ffn_ratio: width of a block's feed-forward, in `dim`.
         rank: of every delta.
         alpha: deltas are multiplied by alpha / rank; None means rank.
-        types: which weights get deltas: some of q, k, v, o, and m, a path beside the whole MLP.
+        types: which weights get deltas: some of q, k, v, o, and m, a path beside the whole MLP; None takes all that
+            `vlora` can merge into this model.
         every: k; layers k-1, 2k-1, ..., from 0, get deltas.
         separate: a sub-generator for each type, or one for all.
     """
@@ -42,7 +42,7 @@ class NewGenerator(Params):
     ffn_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 4.0
     rank: Count = 64
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    types: Annotated[str, Field(min_length=1)] = TYPES
+    types: Annotated[str, Field(min_length=1)] | None = None
     every: Count = 4
     separate: bool = True
 

@@ -9,20 +9,23 @@ from math import prod
 from regraft.core.architectures import Architecture, architecture_of
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.data.load import check_sources
-from regraft.core.errors import UsageError
+from regraft.core.errors import Unsupported, UsageError
 from regraft.core.host import host
 from regraft.core.patch import Outline
 from regraft.core.training.footprint import state_bytes, training_bytes
 from regraft.core.training.whole import learnable, refuse_quantised
 from regraft.plugins.vlora.folder import GeneratorFolder, open_generator
 from regraft.plugins.vlora.places import check_model
-from regraft.plugins.vlora.settings import GeneratorSettings, settings_for
+from regraft.plugins.vlora.settings import TYPES, GeneratorSettings, settings_for
 from regraft.plugins.vlora.train_data import check_files
 from regraft.plugins.vlora.train_own import OWN_CONFIG, OWN_WEIGHTS, config_change, own_generator, own_settings
 from regraft.plugins.vlora.train_params import NewGenerator, VloraTrainParams
 from regraft.plugins.vlora.train_pictures import sight_of, tower_for
+from regraft.plugins.vlora.widen import check_widening
 
+PARALLEL = "m"
 _USUAL_TOKENS = 512
+"""Of a row, for the estimate of memory, where the recipe gives no limit."""
 _FP32 = 4
 
 
@@ -55,6 +58,7 @@ class Aim:
         own = own_settings(checkpoint) if params.generator is None and params.new is None else None
         if own is None and params.generator is None:
             settings = _new(architecture, params)
+            _check_types(settings, architecture)
             return cls(architecture, settings, None, (f"a new generator: {_words(settings)}",))
         if own is not None:
             settings, source = own, lambda: _found(own_generator(checkpoint))
@@ -63,6 +67,7 @@ class Aim:
             folder = open_generator(str(params.generator))
             settings, source, label = folder.settings, lambda: folder, f"generator {folder.label}"
         check_model(settings, architecture, label)
+        _check_types(settings, architecture)
         if params.vision is not None:
             tower_for(params, settings)
         return cls(architecture, settings, source, (f"{label} goes on: {_words(settings)}",))
@@ -92,10 +97,16 @@ def outline(checkpoint: Checkpoint, params: VloraTrainParams) -> Outline:
         json={OWN_CONFIG: change} if change else {},
         files={OWN_WEIGHTS: None},
         notes=aim.notes,
-        workspace_bytes=generator * _FP32
+        workspace_bytes=_tower_bytes(params, aim.settings)
+        + generator * _FP32
         + training_bytes(checkpoint, learnt, tokens=params.micro_batch * (params.data.max_tokens or _USUAL_TOKENS)),
         scratch_bytes=state_bytes(learnt) + generator * _FP32,
     )
+
+
+def _tower_bytes(params: VloraTrainParams, settings: GeneratorSettings) -> int:
+    tower = None if params.vision is None else tower_for(params, settings)
+    return 0 if tower is None else tower.nbytes
 
 
 def _new(architecture: Architecture, params: VloraTrainParams) -> GeneratorSettings:
@@ -104,7 +115,7 @@ def _new(architecture: Architecture, params: VloraTrainParams) -> GeneratorSetti
     sight = sight_of(params)
     return settings_for(
         architecture,
-        types=sizes.types,
+        types=_types(architecture) if sizes.types is None else sizes.types,
         skip_layers=sizes.every,
         weights_sep=sizes.separate,
         visual_dim=sight.width,
@@ -113,6 +124,21 @@ def _new(architecture: Architecture, params: VloraTrainParams) -> GeneratorSetti
         select_layer=sight.select_layer,
         **given,
     )
+
+
+def _types(architecture: Architecture) -> str:
+    """All types that can be merged into the model."""
+    try:
+        check_widening(architecture)
+    except Unsupported:
+        return TYPES.replace(PARALLEL, "")
+    return TYPES
+
+
+def _check_types(settings: GeneratorSettings, architecture: Architecture) -> None:
+    """Refuse what could be learnt but not be stored afterwards."""
+    if PARALLEL in settings.types:
+        check_widening(architecture)
 
 
 def _found(folder: GeneratorFolder | None) -> GeneratorFolder:

@@ -16,15 +16,18 @@ from regraft.core.data.batches import collate
 from regraft.core.data.encode import Encoder
 from regraft.core.data.records import Completion
 from regraft.core.data.rows import Place
-from regraft.core.errors import InputError, UsageError
+from regraft.core.errors import InputError, Unsupported, UsageError
 from regraft.core.sources.open import open_checkpoint
 from regraft.core.training.model import materialise_model, materialise_tokenizer
+from regraft.plugins.vlora.train import VloraTrain
 from regraft.plugins.vlora.train_attach import Attached
 from regraft.plugins.vlora.train_own import OWN_WEIGHTS, own_generator, own_settings
 from regraft.plugins.vlora.vision import open_tower
 from tests.checkpoints import same_bits
+from tests.helpers import names
 from tests.plugins.vlora.train_ranks import both_stages
 from tests.plugins.vlora.train_support import (
+    NEW,
     WORDS,
     draw,
     learn,
@@ -35,6 +38,7 @@ from tests.plugins.vlora.train_support import (
     write,
     write_features,
 )
+from tests.running import done, write_recipe
 
 ROOT = Path(__file__).parents[3]
 
@@ -206,6 +210,15 @@ def test_rows_without_answers_are_refused(llama, lesson):
             params(lesson, data={"source": lesson / "rows.jsonl", key: value})
 
 
+def test_a_new_generator_has_the_types_that_can_be_stored(lesson, tiny_folder):
+    sizes = {key: value for key, value in NEW.items() if key != "types"}
+    for family, types in (("llama", "qkvom"), ("qwen3", "qkvo")):
+        outline = VloraTrain().plan(open_checkpoint(tiny_folder(family)), params(lesson, new=sizes))
+        assert outline.json["vlora/config.json"]["types"] == types
+    with pytest.raises(Unsupported, match="mlp_bias"):
+        VloraTrain().plan(open_checkpoint(tiny_folder("qwen3")), params(lesson, new=NEW))
+
+
 BAD_ROWS = {
     "no such image": ({"prompt": "a", "answer": "b", "image": "none.png"}, InputError, "rows.jsonl:5.*no such image"),
     "outside": ({"prompt": "a", "answer": "b", "image": "../x.png"}, InputError, "outside of the folder of images"),
@@ -245,3 +258,20 @@ def test_two_processes_learn_what_one_learns(llama, lesson, tmp_path):
         assert one[stage]["losses"] == other[stage]["losses"]
         for name, value in alone["weights"].items():
             torch.testing.assert_close(one[stage]["weights"][name], value, rtol=0, atol=2e-4)
+
+
+def test_steps_behind_it_take_its_generator_and_later_recipes_its_folder(llama, lesson, monkeypatch):
+    monkeypatch.chdir(lesson)
+    common = {"use": "vlora-train", "data": "rows.jsonl", "features": "features.safetensors", "batch_size": 4,
+              "lr": 1e-3}  # fmt: skip
+    first = {**common, "id": "first", **{f"new.{key}": value for key, value in {**NEW, "types": "qkvo"}.items()}}
+    second = {**common, "id": "second", "train": "both"}
+    baked = {"use": "vlora", "features": "features.safetensors", "names": ["red"]}
+    done("apply", write_recipe(lesson / "three.toml", llama, first, second, baked), "-o", "three")
+    done("apply", write_recipe(lesson / "two.toml", llama, first, second), "-o", "two")
+    done("verify", "two", "--deep")
+    done("apply", write_recipe(lesson / "late.toml", "two", {**baked, "generator": "two/vlora"}), "-o", "late")
+    assert same_bits(loaded(open_checkpoint("three")), loaded(open_checkpoint("late")))
+    assert not same_bits(loaded(open_checkpoint("three")), loaded(open_checkpoint("two")))
+    assert names(Path("two/vlora")) == ["config.json", "model.safetensors"]
+    assert not Path("three/vlora").exists()
