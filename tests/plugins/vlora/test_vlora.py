@@ -73,6 +73,23 @@ def test_the_plan_imports_no_torch_and_tells_the_cost(bench):
     assert f"made by a generator of {count} parameters" in told
 
 
+def test_an_adapter_instead_of_a_checkpoint(bench):
+    step = {"use": "vlora", "generator": "g", "types": "qkvo", "image": "cat.png"}
+    (bench / "a.toml").write_text(recipe_text("base", step, path=str(bench / "a"), format="adapter"))
+    done("apply", bench / "a.toml")
+    config = json.loads((bench / "a" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (3, 6)
+    tensors = load_file(bench / "a" / "adapter_model.safetensors")
+    generator = load_file(bench / "g" / "model.safetensors")
+    down = tensors["base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight"]
+    assert torch.equal(down, generator["B.k"][0])
+    (bench / "m.toml").write_text(
+        recipe_text("base", {**step, "types": "m"}, path=str(bench / "m"), format="adapter"))  # fmt: skip
+    refused = regraft("plan", bench / "m.toml")
+    assert refused.code == 1
+    assert "an adapter cannot hold this change" in refused.err
+
+
 def half_a_file(bench):
     (bench / "cat.png").write_bytes((bench / "cat.png").read_bytes()[:300])
 
