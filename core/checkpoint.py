@@ -89,6 +89,7 @@ class Checkpoint:
         left_behind: files of the source that are not carried over, with the reason.
         origin: facts about the source for the lock file: kind, revision.
         notes: what the source did that a user should know.
+        packed: a quantised base as it is stored, where `tensors` shows its weights dequantised.
     """
 
     label: str
@@ -98,6 +99,7 @@ class Checkpoint:
     left_behind: Mapping[str, str] = field(default_factory=dict)
     origin: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    packed: Checkpoint | None = field(default=None, repr=False)
 
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from regraft.core.derived import open_rows
-from regraft.core.fourbit import State, decode, pair_table
+from regraft.core.fourbit import TABLES, State
 from regraft.core.specs import ITEM_BYTES, TensorSpec, torch_dtype
 from regraft.core.tensors import LazyTensor, RowReader
 
 if TYPE_CHECKING:
     import torch
 
-_INT8_STEP = 7.874015718698502e-3
+INT8_STEP = 7.874015718698502e-3
 """1/127 as bitsandbytes writes it down."""
 
 
@@ -52,8 +52,10 @@ class FourBitTensor(LazyTensor):
 
     def open(self, device: str = "cpu") -> RowReader:
         """Reads codes and scales of the blocks that the rows touch."""
-        read_codes, read_scales = self._open_codes(device), self._open_scales(device)
-        pairs, dtype = pair_table(self.state.quant_type, device), torch_dtype(self.spec.dtype)
+        from regraft.kernels.four_bit import decode, pair_table
+
+        read_codes, read_scales = self.open_codes(device), self.open_scales(device)
+        pairs, dtype = pair_table(TABLES[self.state.quant_type], device), torch_dtype(self.spec.dtype)
         block, row = self.state.block_size, self.spec.numel // self.spec.rows
 
         def read(start: int, stop: int) -> torch.Tensor:
@@ -65,7 +67,7 @@ class FourBitTensor(LazyTensor):
 
         return read
 
-    def _open_codes(self, device: str) -> RowReader:
+    def open_codes(self, device: str) -> RowReader:
         """Reads bytes `start` to `stop`, whatever the dtype that they are stored as."""
         import torch
 
@@ -79,9 +81,11 @@ class FourBitTensor(LazyTensor):
 
         return read
 
-    def _open_scales(self, device: str) -> RowReader:
+    def open_scales(self, device: str) -> RowReader:
         """Reads fp32 scales of blocks `start` to `stop`."""
         import torch
+
+        from regraft.kernels.four_bit import decode_scales
 
         nested, read_codes = self.state.nested, open_rows(self.scales, device)
         if nested is None or self.nested_scales is None or self.nested_map is None:
@@ -89,11 +93,9 @@ class FourBitTensor(LazyTensor):
         scales, table = self.nested_scales.load(device), self.nested_map.load(device)
         offset = torch.tensor(nested.offset, dtype=torch.float32, device=device)
 
-        def read(start: int, stop: int) -> torch.Tensor:
-            blocks = torch.arange(start, stop, device=device) // nested.block_size
-            return table[read_codes(start, stop).long()] * scales[blocks] + offset
-
-        return read
+        return lambda start, stop: decode_scales(
+            read_codes(start, stop), scales, table, nested.block_size, offset, start
+        )
 
 
 class EightBitTensor(LazyTensor):
@@ -113,5 +115,5 @@ class EightBitTensor(LazyTensor):
         read_codes, read_scales = (open_rows(part, device) for part in self.sources)
         dtype = torch_dtype(self.spec.dtype)
         return lambda start, stop: (
-            read_codes(start, stop).float().mul_(read_scales(start, stop).view(-1, 1)).mul_(_INT8_STEP).to(dtype)
+            read_codes(start, stop).float().mul_(read_scales(start, stop).view(-1, 1)).mul_(INT8_STEP).to(dtype)
         )

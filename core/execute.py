@@ -30,6 +30,7 @@ from regraft.core.plan import (
     paths_of,
 )
 from regraft.core.processes import DONE, READY, Processes, processes
+from regraft.core.realised import Realised
 from regraft.core.requirements import check_resources, worker_count
 from regraft.core.saved_patches import check_patch_folders, save_patches
 from regraft.core.sources.folder import CARD, INDEX, LOCK, REPORTS, open_folder
@@ -98,6 +99,7 @@ class ApplyReport:
     verified: str
     findings: tuple[Finding, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    realised: Realised = field(default_factory=Realised)
     brings_code: bool = False
 
 
@@ -142,6 +144,7 @@ def apply(recipe: Recipe, target: Path, host: Host, options: ApplyOptions, event
         ran = run_steps(plan, host, space, device, options, events)
         layout, written = _write(plan, ran.result, space, device, options, events)
         with resources(space.output):
+            ran.realised.check(plan.recipe.output.minimum_cosine)
             _write_records(plan, ran, layout, written, space.output, device)
         verified = verify_output(plan, ran, space.output, options, host)
         size = sum(path.stat().st_size for path in space.output.rglob("*") if path.is_file())
@@ -151,8 +154,11 @@ def apply(recipe: Recipe, target: Path, host: Host, options: ApplyOptions, event
     ours.announce(DONE)
     ours.part()
     seconds = time.monotonic() - started
+    notes = (*ran.notes, *filter(None, [ran.realised.note()]))
     code = "auto_map" in ran.result.config
-    return ApplyReport(target, plan, ran.patches, written, size, seconds, verified, tuple(findings), ran.notes, code)
+    return ApplyReport(
+        target, plan, ran.patches, written, size, seconds, verified, tuple(findings), notes, ran.realised, code
+    )
 
 
 def attend(recipe: Recipe, target: Path, host: Host, options: ApplyOptions) -> None:
@@ -220,12 +226,14 @@ class StepsRun:
         checkpoints: what each step saw, and last what all of them made.
         result: the output, after what `[output]` asks for.
         notes: what `[output]` has to say.
+        realised: told, while the output is written, what becomes of changes of quantised weights.
     """
 
     patches: tuple[Patch, ...]
     checkpoints: tuple[Checkpoint, ...]
     result: Checkpoint
     notes: tuple[str, ...]
+    realised: Realised
 
 
 def run_steps(plan: Plan, host: Host, space: Workspace, device: str, options: ApplyOptions, events: Events) -> StepsRun:
@@ -249,7 +257,7 @@ def run_steps(plan: Plan, host: Host, space: Workspace, device: str, options: Ap
         checkpoints.append(overlay(checkpoint, patch, by=step.id))
     output = output_of(plan.recipe, plan.base, checkpoints[-1], host)
     result = replace(output.checkpoint, files={**output.checkpoint.files, **_reports(plan.steps, patches)})
-    return StepsRun(tuple(patches), tuple(checkpoints), result, output.notes)
+    return StepsRun(tuple(patches), tuple(checkpoints), result, output.notes, output.realised)
 
 
 def _apply_step(step: PlannedStep, checkpoint: Checkpoint, run: Run) -> Patch:
@@ -317,8 +325,9 @@ def _write(
 def _write_records(plan: Plan, ran: StepsRun, layout: Layout, written: WriteReport, output: Path, device: str) -> None:
     from regraft.core.provenance import lock_document, model_card
 
-    (output / CARD).write_bytes(model_card(plan, ran.patches, ran.result))
-    (output / LOCK).write_bytes(dump(lock_document(plan, ran.patches, layout, written, output, device)))
+    (output / CARD).write_bytes(model_card(plan, ran.patches, ran.result, ran.realised))
+    document = lock_document(plan, ran.patches, layout, written, output, device, ran.realised)
+    (output / LOCK).write_bytes(dump(document))
 
 
 def verify_output(plan: Plan, ran: StepsRun, output: Path, options: ApplyOptions, host: Host) -> str:

@@ -1,26 +1,20 @@
 """Four-bit weights as bitsandbytes stores them: two codes a byte, and one scale for each block of the flattened weight.
 
-`value = table[code] · absmax[block]`; the first of two codes is in the high half of its byte. NF4 is defined in QLoRA
-(arXiv 2305.14314), appendix E; FP4 is bitsandbytes' own: a sign, two bits of exponent, one of mantissa. The arithmetic
-here is that of bitsandbytes' `dequantize_4bit` and `quantize_4bit`, bit for bit, without importing it: that takes
-seconds, its CPU quantiser needs 2.2 times as long (25 against 11 ns an element), and on CPUs with AVX512 its
-dequantiser takes wrong scales where a row is no whole number of blocks (0.50.2: error 0.26 of the norm instead of
-0.09).
+`value = table[code] · absmax[block]`. NF4 is defined in QLoRA (arXiv 2305.14314), appendix E; FP4 is bitsandbytes' own:
+a sign, two bits of exponent, one of mantissa. What is known without torch stands here; the arithmetic is in
+`regraft.kernels.four_bit`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 from regraft.core.errors import InputError
 from regraft.core.jsonio import parse_object
 from regraft.core.specs import CODE_OF_NAME, NAME_OF_CODE
-
-if TYPE_CHECKING:
-    import torch
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -44,9 +38,7 @@ OUTPUT_BLOCK_SIZE = 64
 STATE_MARK = ".quant_state.bitsandbytes__"
 """Stands between the name of a weight and its quantisation type in the name of its state."""
 
-_SMALLEST_SCALE = 1e-38
-"""Blocks of zeros are divided by this instead of by zero."""
-
+_LONGEST_NUMBER = len("-1.2345678901234567e-308")
 _WRONG_STATE = "the checkpoint is damaged, or was written by other software than bitsandbytes: fetch it again"
 
 
@@ -77,14 +69,27 @@ class State:
     nested: Nested | None = None
 
     def dump(self) -> bytes:
-        """The JSON text of a state without quantised scales, byte for byte as bitsandbytes packs it into a tensor."""
+        """The JSON text, byte for byte as bitsandbytes packs it into a tensor."""
         document = {
             "quant_type": self.quant_type,
             "blocksize": self.block_size,
             "dtype": NAME_OF_CODE[self.dtype],
             "shape": list(self.shape),
         }
+        if self.nested is not None:
+            document |= {
+                "nested_blocksize": self.nested.block_size,
+                "nested_dtype": "float32",
+                "nested_offset": self.nested.offset,
+            }
         return json.dumps(document).encode()
+
+    @property
+    def longest(self) -> int:
+        """The most bytes that `dump` takes, whatever the offset."""
+        if self.nested is None:
+            return len(self.dump())
+        return len(replace(self, nested=replace(self.nested, offset=0.0)).dump()) - len("0.0") + _LONGEST_NUMBER
 
 
 def parse_state(data: bytes, where: str, *, nested: bool) -> State:
@@ -131,96 +136,3 @@ def _parse_nested(document: Mapping[str, Any], fault: Any) -> Nested:
     if not isinstance(offset, int | float) or isinstance(offset, bool):
         raise fault("nested_offset", "a number")
     return Nested(block_size, float(offset))
-
-
-def pair_table(quant_type: str, device: str) -> torch.Tensor:
-    """For each byte the values of its two codes, [256] pairs of fp32, each pair seen as one int64.
-
-    Looking up pairs takes 0.9 ns an element, single codes 20 ns.
-    """
-    import torch
-
-    table = torch.tensor(TABLES[quant_type], dtype=torch.float32)
-    high, low = table.repeat_interleave(16), table.repeat(16)
-    return torch.stack([high, low], dim=1).view(torch.int64).view(-1).to(device)
-
-
-def decode(codes: torch.Tensor, scales: torch.Tensor, pairs: torch.Tensor, block_size: int, count: int) -> torch.Tensor:
-    """Values of whole blocks; the last block may be shorter.
-
-    Args:
-        codes: uint8 [(count + 1) // 2], two codes a byte, beginning at a block.
-        scales: fp32 [ceil(count / block_size)].
-        pairs: `pair_table`.
-        block_size: elements that share a scale.
-        count: how many values are wanted.
-
-    Returns:
-        fp32 [count].
-    """
-    import torch
-
-    values = pairs.index_select(0, codes.int()).view(torch.float32)[:count]
-    full = count // block_size
-    values[: full * block_size].view(full, block_size).mul_(scales[:full, None])
-    if full < len(scales):
-        values[full * block_size :].mul_(scales[full])
-    return values
-
-
-def encode_nf4(values: torch.Tensor, scales: torch.Tensor, block_size: int) -> torch.Tensor:
-    """NF4 codes of whole blocks; the last block may be shorter.
-
-    The code of a value is the number of midpoints of the table below it, counted one midpoint at a time: passes over a
-    cached piece, 11 ns an element, where `torch.bucketize` needs 21.
-
-    Args:
-        values: [count], float16, bfloat16 or float32.
-        scales: `block_scales` of them.
-        block_size: elements that share a scale.
-
-    Returns:
-        uint8 [(count + 1) // 2], two codes a byte; a missing last code is that of zero.
-    """
-    import torch
-
-    table = torch.tensor(NF4, dtype=torch.float32)
-    scaled = _scaled(values.float(), scales, block_size)
-    if len(scaled) % 2:
-        scaled = torch.nn.functional.pad(scaled, (0, 1))
-    codes = torch.zeros(len(scaled), dtype=torch.uint8, device=values.device)
-    above = torch.empty(len(scaled), dtype=torch.bool, device=values.device)
-    for midpoint in ((table[:-1] + table[1:]) / 2).tolist():
-        torch.gt(scaled, midpoint, out=above)
-        codes.add_(above.view(torch.uint8))
-    high, low = codes.view(-1, 2).unbind(1)
-    return (high << 4).bitwise_or_(low)
-
-
-def _scaled(values: torch.Tensor, scales: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Values between -1 and 1: full blocks times a reciprocal, a short last one by division, as bitsandbytes does."""
-    import torch
-
-    full = len(values) // block_size
-    blocks = values[: full * block_size].view(full, block_size)
-    scaled = (blocks * scales[:full, None].clamp(min=_SMALLEST_SCALE).reciprocal()).view(-1)
-    if full < len(scales):
-        scaled = torch.cat([scaled, values[full * block_size :] / scales[full]])
-    return scaled.clamp_(-1, 1)
-
-
-def block_scales(values: torch.Tensor, block_size: int) -> torch.Tensor:
-    """The largest magnitude of each block, fp32 [ceil(count / block_size)]; the last block may be shorter.
-
-    Args:
-        values: [count], float16, bfloat16 or float32.
-        block_size: elements that share a scale.
-    """
-    import torch
-
-    full = len(values) // block_size
-    scales = values[: full * block_size].view(full, block_size).abs().amax(dim=1).float()
-    if full * block_size == len(values):
-        return scales
-    last = values[full * block_size :].abs().max().float().clamp(min=_SMALLEST_SCALE)
-    return torch.cat([scales, last[None]])

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
 
@@ -20,6 +20,7 @@ from regraft.core.host import Host, PluginInfo
 from regraft.core.layout import Layout, lay_out
 from regraft.core.operations import leaves
 from regraft.core.patch import Outline, Patch, overlay, promise
+from regraft.core.realised import Realised
 from regraft.core.recipe.nodes import shape_of
 from regraft.core.sources import open_checkpoint
 from regraft.core.sources.folder import CARD, LOCK
@@ -59,7 +60,7 @@ class Plan:
         layout: its files.
         memory_bytes: bound of the peak host memory, Python and torch included.
         threads: the workers that the bound is for.
-        changes: tensors by what happens to them, as `compare` gives them.
+        changes: names of tensors by what happens to them, see `compare`.
         notes: what `[output]` has to say.
     """
 
@@ -237,10 +238,12 @@ class Finished:
     Args:
         checkpoint: as it is written.
         notes: what was done.
+        realised: told, while it is written, what becomes of changes of quantised weights.
     """
 
     checkpoint: Checkpoint
     notes: tuple[str, ...] = ()
+    realised: Realised = field(default_factory=Realised)
 
 
 def output_of(recipe: Recipe, base: Checkpoint, checkpoint: Checkpoint, host: Host) -> Finished:
@@ -252,11 +255,29 @@ def output_of(recipe: Recipe, base: Checkpoint, checkpoint: Checkpoint, host: Ho
     if recipe.writes_adapter:
         adapter, notes = adapter_of(base, checkpoint, dtype=recipe.output.dtype, families=host.architectures())
         return Finished(adapter, tuple(notes))
-    notes = list[str]()
-    for name, patch in output_patches(recipe, checkpoint, host):
-        notes += patch.notes
-        checkpoint = overlay(checkpoint, patch, by=name)
-    return Finished(checkpoint, tuple(notes))
+    checkpoint = overlay(checkpoint, _card_patch(checkpoint), by="output")
+    if recipe.output.dtype != "keep":
+        checkpoint = overlay(checkpoint, cast_patch(checkpoint, recipe.output.dtype), by="output.dtype")
+    return _quantised(recipe.output.quantize, base, checkpoint, host)
+
+
+def _quantised(
+    method: Literal["keep", "none", "nf4", "int8"], base: Checkpoint, checkpoint: Checkpoint, host: Host
+) -> Finished:
+    if method == "none" or (method == "keep" and base.packed is None):
+        return Finished(checkpoint)
+    from regraft.core.repack import gauges_of, repack
+
+    if method == "keep":
+        repacked = repack(base, checkpoint)
+        return Finished(repacked.checkpoint, (repacked.note,), repacked.realised)
+    from regraft.core.architectures import architecture_of
+    from regraft.core.quantize import quantize_patch
+
+    realised = gauges_of(base, checkpoint, method)
+    architecture = architecture_of(checkpoint.config, checkpoint.specs, host.architectures())
+    patch = quantize_patch(checkpoint, method, architecture, realised.gauges)
+    return Finished(overlay(checkpoint, patch, by="output.quantize"), patch.notes, realised)
 
 
 def layout_of(recipe: Recipe, output: Checkpoint) -> Layout:
@@ -268,24 +289,13 @@ def changes_of(recipe: Recipe, base: Checkpoint, output: Checkpoint) -> dict[str
     """As `compare`; an adapter, which stands beside the base, only adds."""
     if recipe.writes_adapter:
         return {"copied": (), "rewritten": (), "added": tuple(output.tensors), "dropped": ()}
-    return compare(base, output)
+    return compare(stored_base(base, output), output)
 
 
-def output_patches(recipe: Recipe, checkpoint: Checkpoint, host: Host) -> list[tuple[str, Patch]]:
-    """What `[output]` does after the last step: the model card makes room, dtype, quantisation."""
-    patches = [("output", _card_patch(checkpoint))]
-    if recipe.output.dtype != "keep":
-        patches.append(("output.dtype", cast_patch(checkpoint, recipe.output.dtype)))
-    if recipe.output.quantize != "none":
-        from regraft.core.architectures import architecture_of
-        from regraft.core.quantize import quantize_patch
-
-        below = checkpoint
-        for name, patch in patches:
-            below = overlay(below, patch, by=name)
-        architecture = architecture_of(below.config, below.specs, host.architectures())
-        patches.append(("output.quantize", quantize_patch(below, recipe.output.quantize, architecture)))
-    return patches
+def stored_base(base: Checkpoint, result: Checkpoint) -> Checkpoint:
+    """The base as the output can have copied it: if that is quantised, with quantised weights as they are stored."""
+    quantised = "quantization_config" in result.config
+    return base.packed if base.packed is not None and quantised else base
 
 
 def _card_patch(checkpoint: Checkpoint) -> Patch:

@@ -16,8 +16,9 @@ from regraft.core.buffers import unreadable
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.layout import Layout
 from regraft.core.patch import Patch
-from regraft.core.plan import BASE_CARD, Plan, PlannedStep, paths_of, place_of
+from regraft.core.plan import BASE_CARD, Plan, PlannedStep, paths_of, place_of, stored_base
 from regraft.core.processes import processes
+from regraft.core.realised import Realised
 from regraft.core.sources.folder import CARD, LOCK
 from regraft.core.writer import WriteReport
 
@@ -31,7 +32,13 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "tri
 
 
 def lock_document(
-    plan: Plan, patches: Sequence[Patch], layout: Layout, written: WriteReport, output: Path, device: str
+    plan: Plan,
+    patches: Sequence[Patch],
+    layout: Layout,
+    written: WriteReport,
+    output: Path,
+    device: str,
+    realised: Realised,
 ) -> dict[str, Any]:
     """The lock file of a finished run.
 
@@ -42,6 +49,7 @@ def lock_document(
         written: digests that the writer took.
         output: the folder as written, whose other files are hashed here.
         device: class of device that computed, `cpu` or `cuda`.
+        realised: what became of changes of quantised weights.
     """
     weights = {shard.name for shard in layout.shards}
     recipe = portable_recipe(plan.recipe)
@@ -55,6 +63,7 @@ def lock_document(
             "tensors": _tensors(layout, written),
             "files": _files(output, weights | {LOCK}),
             "left_behind": dict(sorted(plan.result.left_behind.items())),
+            **({"quantised": metrics} if (metrics := realised.metrics()) else {}),
         },
         "non_finite_inputs": {name: vars(count) for name, count in sorted(written.non_finite.items())},
         "environment": environment(device),
@@ -125,15 +134,15 @@ def _files(output: Path, without: set[str]) -> dict[str, dict[str, Any]]:
 
 def _base(plan: Plan, recipe: Mapping[str, Any], written: WriteReport) -> dict[str, Any]:
     """What went in: digests of the tensors that were copied, perhaps to another name, and of those that were read."""
-    base = plan.base
-    names = {place_of(tensor): name for name, tensor in base.tensors.items()}
+    base, stored = plan.base, stored_base(plan.base, plan.result)
+    names = {place_of(tensor): name for name, tensor in stored.tensors.items()}
     copied = {names[place_of(plan.result.tensors[new])]: written.digests.get(new) for new in plan.changes["copied"]}
     inputs = {**copied, **written.input_digests}
     return {
         "model": recipe["base"]["model"],
         **base.origin,
         "digest": base.digest,
-        "tensors": {name: inputs[name] for name in base.specs if inputs.get(name)},
+        "tensors": {name: inputs[name] for name in stored.specs if inputs.get(name)},
     }
 
 
@@ -176,7 +185,7 @@ def _tensors(layout: Layout, written: WriteReport) -> dict[str, Any]:
     }
 
 
-def model_card(plan: Plan, patches: Sequence[Patch], result: Checkpoint) -> bytes:
+def model_card(plan: Plan, patches: Sequence[Patch], result: Checkpoint, realised: Realised) -> bytes:
     """README.md of the output: front matter that hubs read, then what was done in which order."""
     model = portable_recipe(plan.recipe)["base"]["model"]
     lines = [*_front_matter(plan), "", f"# {plan.recipe.name}", "", f"Written by regraft from `{model}`."]
@@ -186,6 +195,8 @@ def model_card(plan: Plan, patches: Sequence[Patch], result: Checkpoint) -> byte
     ]
     for step, patch in zip(plan.steps, patches, strict=True):
         lines += _step_section(step, patch)
+    if (note := realised.note()) is not None:
+        lines += ["", "## Quantised weights", "", f"- {note}"]
     usage = _adapter_usage(plan.base) if plan.recipe.writes_adapter else _usage("auto_map" in result.config)
     lines += ["", "## Use", "", *usage]
     if BASE_CARD in result.files:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 from regraft.core.architectures import Architecture, Slot, architecture_of
@@ -22,6 +23,7 @@ from regraft.core.fourbit import OUTPUT_BLOCK_SIZE
 from regraft.core.operations import Value
 from regraft.core.patch import Edit, Patch
 from regraft.core.quantised import int8_parts, nf4_parts
+from regraft.core.realised import Gauge
 from regraft.core.specs import ITEM_BYTES, NAME_OF_CODE
 from regraft.core.tensors import LazyTensor
 
@@ -35,13 +37,19 @@ _OWN_LINEAR = {"falcon": "FalconLinear"}
 """Families whose linear layers are a class of their own, which transformers' quantiser passes over (measured, 5.23)."""
 
 
-def quantize_patch(checkpoint: Checkpoint, method: Method, architecture: Architecture | None = None) -> Patch:
+def quantize_patch(
+    checkpoint: Checkpoint,
+    method: Method,
+    architecture: Architecture | None = None,
+    gauges: Mapping[str, Gauge] = MappingProxyType({}),
+) -> Patch:
     """The patch that stores the linear layers of the blocks quantised, and a config that says so.
 
     Args:
         checkpoint: what is quantised; nothing of it is read before the patch's tensors are.
         method: `nf4` or `int8`.
         architecture: its roles, where the caller knows them already.
+        gauges: told how much of a change of these weights the codes keep.
 
     Raises:
         Unsupported: transformers cannot load this family quantised, or a weight is not float16, bfloat16 or float32.
@@ -54,7 +62,8 @@ def quantize_patch(checkpoint: Checkpoint, method: Method, architecture: Archite
         raise Unsupported("the checkpoint has no linear layers to quantise", where=checkpoint.label,
                           remedy='use quantize = "none"')  # fmt: skip
     weights = [_weight(checkpoint, slot) for slot in slots.values()]
-    parts = [part for weight in weights for part in (nf4_parts(weight) if method == "nf4" else int8_parts(weight))]
+    store = nf4_parts if method == "nf4" else int8_parts
+    parts = [part for weight in weights for part in store(weight, gauges.get(weight.spec.name))]
     # Parts of one byte an element may be of odd length: behind all others, they push nothing off its alignment.
     parts.sort(key=lambda part: -ITEM_BYTES[part.spec.dtype])
     edits = {part.spec.name: Edit(part.spec, Value(part)) for part in parts}

@@ -110,7 +110,18 @@ class Output(_Frozen):
         description="A whole checkpoint, or what the steps add to the base as a PEFT adapter; for steps that make "
         "low-rank deltas and nothing else.",
     )
-    quantize: Literal["none", "nf4", "int8"] = Field(default="none", description="Store in a bitsandbytes format.")
+    quantize: Literal["keep", "none", "nf4", "int8"] = Field(
+        default="keep",
+        description="Store in a bitsandbytes format. keep: as the base, so that a base quantised by bitsandbytes stays "
+        "quantised; none: dequantised.",
+    )
+    minimum_cosine: float = Field(
+        default=0.9,
+        ge=-1.0,
+        le=1.0,
+        description="In an output that keeps its base's quantisation: the least cosine, for every changed weight, "
+        "between the change that the new codes store and the one that the steps ask for.",
+    )
     digest: Literal["xxh3", "sha256", "none"] = Field(
         default="xxh3", description="How the bytes of files are fingerprinted."
     )
@@ -131,7 +142,7 @@ class Output(_Frozen):
 
     def changes_weights(self) -> bool:
         """Whether the output differs from the base even without a step: another dtype, quantisation or sharding."""
-        return self.dtype != "keep" or self.quantize != "none" or self.shard_size != DEFAULT_SHARD_BYTES
+        return self.dtype != "keep" or self.quantize != "keep" or self.shard_size != DEFAULT_SHARD_BYTES
 
 
 class Settings(_Frozen):

@@ -248,4 +248,5 @@ def _assemble(checkpoint: Checkpoint, shown: Mapping[str, LazyTensor], kinds: st
         shards={name: shard for name, shard in checkpoint.shards.items() if name in shown},
         origin={**checkpoint.origin, "quantization": f"bitsandbytes {kinds}"} if count else checkpoint.origin,
         notes=(*checkpoint.notes, note) if count else checkpoint.notes,
+        packed=checkpoint if count else None,
     )

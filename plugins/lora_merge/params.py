@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field
 
@@ -21,11 +20,6 @@ class LoraMergeParams(Params):
         allow_inf_nan=False,
         description="Multiplies the adapter's own alpha / r. What the adapter replaces whole is not scaled; "
         "a DoRA takes only 1.",
-    )
-    quantized_base: Literal["refuse", "dequantize"] = Field(
-        "refuse",
-        description="What to do if bitsandbytes stored the base in 4 or 8 bits: refuse, or merge into its dequantised "
-        "weights.",
     )
     residual_base: bool = Field(
         False,

@@ -60,19 +60,12 @@ def check_base(checkpoint: Checkpoint, adapter: Adapter, params: LoraMergeParams
     """Refuse a base whose weights are not those that the adapter's delta belongs to, and a part of a DoRA.
 
     Raises:
-        Unsupported: a quantised base, or an initialisation that changed the base, and no parameter that accepts it; a
-            scale other than 1 for an adapter whose magnitudes were learnt with the whole delta.
+        Unsupported: an initialisation that changed the base, and no parameter that accepts it; a scale other than 1 for
+            an adapter whose magnitudes were learnt with the whole delta.
     """
     if adapter.settings.dora and params.scale != 1.0:
         raise Unsupported("a DoRA adapter has no half: its magnitudes belong to the whole delta", where="scale",
                           expected="1.0", found=params.scale, remedy="leave scale at 1")  # fmt: skip
-    quantized = checkpoint.origin.get("quantization")
-    if quantized and params.quantized_base == "refuse":
-        raise Unsupported(
-            "the base is quantised, so the merge would add the adapter to weights with a quantisation error",
-            where=checkpoint.label, found=quantized,
-            remedy='name the unquantised model as the base, or set quantized_base = "dequantize"',
-        )  # fmt: skip
     initialisation = adapter.settings.initialisation
     if initialisation and not params.residual_base:
         raise Unsupported(

@@ -11,6 +11,7 @@ import pytest
 from regraft.core.data.settings import Data
 from regraft.core.errors import InputError
 from regraft.core.provenance import data_digests, environment, model_card, package_version, sha256
+from regraft.core.realised import Realised
 from regraft.core.recipe.references import OutputPath
 from regraft.core.transformation import Params
 from tests.adapters import write_adapter
@@ -221,7 +222,7 @@ def test_the_card_names_a_hub_base(workplace, tiny_folder):
     base = replace(plan.base, origin={"source": "hub", "repo": "org/name"})
     recipe = plan.recipe.model_copy(update={"base": plan.recipe.base.model_copy(update={"model": "org/name"})})
     patches = [step.transformation.apply(base, step.params, None) for step in plan.steps]
-    card = model_card(replace(plan, base=base, recipe=recipe), patches, plan.result).decode()
+    card = model_card(replace(plan, base=base, recipe=recipe), patches, plan.result, Realised()).decode()
     assert "base_model: org/name\n" in card
     assert "Written by regraft from `org/name`." in card
 

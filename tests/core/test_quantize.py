@@ -11,7 +11,7 @@ import pytest
 from regraft.core.buffers import CHUNK_BYTES
 from regraft.core.checkpoint import CONFIG, Checkpoint
 from regraft.core.errors import TransformationError, Unsupported
-from regraft.core.fourbit import NF4, block_scales, decode, encode_nf4, pair_table
+from regraft.core.fourbit import NF4
 from regraft.core.layout import lay_out
 from regraft.core.patch import overlay
 from regraft.core.quantised import int8_parts, nf4_parts
@@ -20,6 +20,7 @@ from regraft.core.sources.bitsandbytes import dequantise
 from regraft.core.sources.folder import open_folder
 from regraft.core.tensors import LazyTensor, MemoryTensor
 from regraft.core.writer import WriteOptions, Writer
+from regraft.kernels.four_bit import block_scales, decode, encode, pair_table
 from tests.families import FAMILIES, save_tiny
 
 pytestmark = [
@@ -355,9 +356,9 @@ def test_codes_and_scales_survive_the_round_trip():
 
     values = torch.tensor(NF4).repeat(8)
     scales = block_scales(values, 64)
-    codes = encode_nf4(values, scales, 64)
+    codes = encode(values, scales, 64, NF4)
     assert codes.tolist() == [(2 * pair % 16) << 4 | (2 * pair % 16 + 1) for pair in range(64)]
-    assert torch.equal(decode(codes, scales, pair_table("nf4", "cpu"), 64, 128), values)
+    assert torch.equal(decode(codes, scales, pair_table(NF4), 64, 128), values)
 
 
 def test_falcon_is_refused(tmp_path):

@@ -94,7 +94,7 @@ def test_all_options_and_the_file_are_checked_at_once(problems):
     assert problems(text, "x=1", "honest.scale=x", "output.x=1") == [
         'r.toml:5:1: steps[0].target_lenght: unknown key (did you mean "target_length"?)',
         '--set honest.scale: expected a number, found "x"',
-        "--set output.x: unknown key (known keys: path, dtype, shard_size, format, quantize, digest, verify)",
+        "--set output.x: unknown key (known keys: path, dtype, shard_size, format, quantize, minimum_cosine, digest, verify)",
         '--set x: "x" is neither a step of the recipe nor a top-level key (keys: name, seed, base, steps, output; steps: context-extension, honest)',
     ]
 

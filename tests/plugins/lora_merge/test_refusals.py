@@ -2,16 +2,14 @@
 
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from regraft.core.errors import InputError, Unsupported
-from regraft.core.sources.folder import open_folder
 from tests.families import save_tiny
-from tests.plugins.lora_merge.adapters import edit_config, make_adapter, merged_by_us, tensors_of
+from tests.plugins.lora_merge.adapters import edit_config, make_adapter, merged_by_us
 
 FILE = "adapter_model.safetensors"
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -121,16 +119,6 @@ def test_a_bias_for_a_base_without_one(base, adapter):
 def test_half_a_dora(base, tmp_path):
     dora = make_adapter(base, tmp_path / "dora", target_modules=["q_proj"], use_dora=True)
     assert refusal(base, dora, Unsupported, scale=0.5).message.startswith("a DoRA adapter has no half")
-
-
-def test_a_quantised_base(base, adapter):
-    quantised = replace(open_folder(base, label="base"), origin={"quantization": "bitsandbytes nf4"})
-    error = refusal(quantised, adapter, Unsupported)
-    assert (error.where, error.found) == ("base", "bitsandbytes nf4")
-    assert 'quantized_base = "dequantize"' in error.remedy
-    ours, plain = merged_by_us(quantised, adapter, quantized_base="dequantize"), merged_by_us(base, adapter)
-    expected = tensors_of(plain)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors_of(ours).items())
 
 
 def test_a_base_that_the_initialisation_changed(base, adapter):

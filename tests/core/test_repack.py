@@ -1,0 +1,370 @@
+"""Outputs that stay quantised: what no step touches is copied, what changes is quantised as bitsandbytes does it."""
+
+import json
+import logging
+from dataclasses import replace
+
+import pytest
+
+from regraft.core.checkpoint import CONFIG
+from regraft.core.dequantised import EightBitTensor, FourBitTensor
+from regraft.core.errors import TransformationError, Unsupported
+from regraft.core.fourbit import parse_state
+from regraft.core.layout import lay_out
+from regraft.core.low_rank import LowRankDelta
+from regraft.core.operations import ComputedTensor, Value
+from regraft.core.patch import Edit, Patch, overlay
+from regraft.core.quantised import parts_like
+from regraft.core.realised import Gauge, Realised
+from regraft.core.repack import repack, widened
+from regraft.core.sources.open import open_checkpoint
+from regraft.core.specs import TensorSpec
+from regraft.core.tensors import MemoryTensor
+from tests.adapters import write_adapter
+from tests.core.sources.test_bitsandbytes import KINDS, quantise
+from tests.core.test_quantize import Opaque
+from tests.families import save_tiny
+from tests.materialise import materialise
+from tests.running import ABF, done, regraft, write_recipe
+
+pytestmark = [
+    # torch's own compiler, imported by bitsandbytes, still uses what torch deprecates
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+]
+
+WHOLE_BLOCKS = {
+    "llama": {"intermediate_size": 128},
+    "qwen3": {"intermediate_size": 128, "head_dim": 32},
+    "gpt2": {"n_inner": 128},
+}
+"""Rows of whole blocks: with others bitsandbytes' CPU kernels fail (see kernels/four_bit.py)."""
+
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """bitsandbytes warns of every cast of an activation."""
+    logger = logging.getLogger("bitsandbytes")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(before)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders of tiny quantised models, by (family, kind); made when first asked for."""
+    import torch
+
+    root = tmp_path_factory.mktemp("quantised")
+
+    def folder(family: str, kind: str):
+        base, target = root / family, root / f"{family}-{kind}"
+        if not base.exists():
+            save_tiny(family, base, dtype=torch.bfloat16, **WHOLE_BLOCKS[family])
+        return target if target.exists() else quantise(base, target, **KINDS[kind])
+
+    return folder
+
+
+def delta(name, rows, columns, size=1.0, rank=4):
+    """A low-rank delta whose entries are about `size`."""
+    import torch
+
+    generator = torch.Generator().manual_seed(rows + columns)
+    left, right = torch.randn(rows, rank, generator=generator), torch.randn(rank, columns, generator=generator)
+    return LowRankDelta(name, MemoryTensor("l", left), MemoryTensor("r", right), size / rank**0.5)
+
+
+def merged(base, *names, size=1.0):
+    """`base` with a delta on each of the weights."""
+    specs = [base.specs[name] for name in names]
+    edits = {spec.name: Edit(spec, delta(spec.name, *spec.shape, size)) for spec in specs}
+    return overlay(base, Patch(edits=edits), by="merge")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_untouched_base_is_copied_file_by_file(folders, kind):
+    base = open_checkpoint(folders("llama", kind))
+    kept = repack(base, base).checkpoint
+    (shard,) = lay_out(kept, 1 << 40).shards
+    assert shard.source == folders("llama", kind) / "model.safetensors"
+    assert kept.files[CONFIG].read() == (folders("llama", kind) / CONFIG).read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_tensors_of_changed_weights_are_computed(folders, kind):
+    base = open_checkpoint(folders("llama", kind))
+    repacked = repack(base, merged(base, Q_PROJ, DOWN))
+    kept, stored = repacked.checkpoint, base.packed
+    assert list(kept.tensors) == list(stored.tensors)
+    changed = {name for name in kept.tensors if kept.raw(name) != stored.raw(name)}
+    ends = {
+        "int8": ("weight", "SCB"),
+        "nf4-double": ("weight", "weight.absmax", "weight.nested_absmax", "weight.quant_state.bitsandbytes__nf4"),
+    }.get(kind, ("weight", "weight.absmax"))
+    assert changed == {f"{name.removesuffix('weight')}{end}" for name in (Q_PROJ, DOWN) for end in ends}
+    assert "12 weights are copied as they are, 2 changed ones are quantised again" in repacked.note
+
+
+def quantised(weight, quant_type, block_size, *, double, storage="uint8"):
+    """A weight as bitsandbytes quantises it, and as regraft shows it in fp32."""
+    import torch
+    from bitsandbytes.functional import quantize_4bit
+
+    codes, state = quantize_4bit(
+        weight, blocksize=block_size, quant_type=quant_type, compress_statistics=double,
+        quant_storage=getattr(torch, storage),
+    )  # fmt: skip
+    parts = state.as_dict(packed=True)
+    text = bytes(parts[f"quant_state.bitsandbytes__{quant_type}"].numpy())
+    nested = [MemoryTensor(f"w.{key}", parts[key]) for key in ("nested_absmax", "nested_quant_map") if double]
+    shown = FourBitTensor(
+        TensorSpec("w", "F32", tuple(weight.shape)), parse_state(text, "w", nested=double), MemoryTensor("w", codes),
+        MemoryTensor("w.absmax", parts["absmax"]), *nested,
+    )  # fmt: skip
+    return shown, codes, parts
+
+
+SHAPES = [(7, 37), (33, 100), (5, 64), (600, 320), (3, 140_032)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("quant_type", "block_size", "double", "storage"),
+    [("nf4", 64, False, "uint8"), ("nf4", 64, True, "uint8"), ("nf4", 128, True, "uint8"), ("fp4", 64, False, "uint8"),
+     ("fp4", 256, True, "uint8"), ("nf4", 4096, False, "uint8"), ("nf4", 64, True, "bfloat16")],
+)  # fmt: skip
+def test_a_changed_weight_is_quantised_as_bitsandbytes_quantises_it(quant_type, block_size, double, storage, shape):
+    """All but codes of scales that lie at a midpoint, which bitsandbytes' CPU library finds through a coarse table."""
+    import torch
+
+    if storage != "uint8" and -(-shape[0] * shape[1] // 2) % 2:
+        pytest.skip("bitsandbytes itself cannot store it")
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    stored, *_ = quantised(weight, quant_type, block_size, double=double, storage=storage)
+    new = ComputedTensor(stored.spec, delta("w", *shape), (stored,))
+    found = {part.spec.name: part.load() for part in parts_like(new, stored, None)}
+    _, codes, expected = quantised(new.load(), quant_type, block_size, double=double, storage=storage)
+    assert torch.equal(found["w"].view(torch.uint8), codes.view(torch.uint8))
+    if not double:
+        assert torch.equal(found["w.absmax"], expected["absmax"])
+        return
+    assert torch.equal(found["w.nested_absmax"], expected["nested_absmax"])
+    name = f"quant_state.bitsandbytes__{quant_type}"
+    assert json.loads(bytes(found[f"w.{name}"].numpy())) == json.loads(bytes(expected[name].numpy()))
+    differ = found["w.absmax"] != expected["absmax"]
+    table, ours, theirs = expected["nested_quant_map"], found["w.absmax"][differ], expected["absmax"][differ]
+    assert differ.float().mean() < 0.005 or differ.sum() == 1
+    offset = json.loads(bytes(expected[name].numpy()))["nested_offset"]
+    plain, *_ = quantised(new.load(), quant_type, block_size, double=False)
+    scaled = (plain.scales.load() - torch.tensor(offset)) / expected["nested_absmax"].repeat_interleave(256)[
+        : len(differ)
+    ]
+    middle = (table[ours.long()] + table[theirs.long()]) / 2
+    assert ((scaled[differ] - middle).abs() < 2 / 65535).all()
+
+
+@pytest.mark.parametrize("shape", [(7, 37), (600, 320)], ids=str)
+def test_a_changed_8_bit_weight_is_quantised_as_bitsandbytes_quantises_it(shape):
+    import torch
+    from bitsandbytes.functional import int8_vectorwise_quant
+
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    codes, scales, _ = int8_vectorwise_quant(weight.half())
+    stored = EightBitTensor(
+        TensorSpec("m.weight", "F32", shape), MemoryTensor("m.weight", codes), MemoryTensor("m.SCB", scales)
+    )
+    new = ComputedTensor(stored.spec, delta("m.weight", *shape), (stored,))
+    gauge = Gauge(stored)
+    found = [part.load() for part in parts_like(new, stored, gauge)]
+    expected = int8_vectorwise_quant(new.load().half())
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    kept = expected[0].float() * expected[1][:, None] / 127 - stored.load()
+    wanted = new.load() - stored.load()
+    cosine = torch.cosine_similarity(kept.flatten().double(), wanted.flatten().double(), dim=0).item()
+    assert Realised("int8", {"m.weight": gauge}).total() == pytest.approx(cosine, abs=1e-6)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_the_merge_in_4_bits_has_the_bits_of_the_way_through_floats(double):
+    import torch
+
+    weight = torch.randn(700, 320, generator=torch.Generator().manual_seed(1))
+    stored, *_ = quantised(weight, "nf4", 64, double=double)
+    new = ComputedTensor(stored.spec, delta("w", 700, 320), (stored,))
+    direct, around = (parts_like(each, stored, None) for each in (new, Opaque(new)))
+    assert direct[0].merge is not None
+    assert around[0].merge is None
+    for part, other in zip(direct, around, strict=True):
+        whole, read = part.load(), part.open()
+        assert torch.equal(whole, other.load())
+        edges = [0, part.spec.rows // 3 // 64 * 64, part.spec.rows]
+        pieces = [read(*edges[at : at + 2]) for at in range(2) if edges[at] < edges[at + 1]]
+        assert torch.equal(torch.cat(pieces).view(whole.shape), whole)
+
+
+TABLE = [(0.005, 0.036), (0.05, 0.387), (0.51, 0.980)]
+"""rms(dW) / rms(W) and the cosine that arrives: shared measurements of a 512 x 512 weight, N(0, 0.02), rank 8."""
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize(("size", "expected"), TABLE)
+def test_small_deltas_are_lost_and_refused(size, expected, double):
+    import torch
+
+    weight = 0.02 * torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+    stored, *_ = quantised(weight, "nf4", 64, double=double)
+    new = ComputedTensor(stored.spec, delta("w", 512, 512, 0.02 * size, rank=8), (stored,))
+    gauge = Gauge(stored)
+    for part in parts_like(new, stored, gauge):
+        part.load()
+    realised = Realised("nf4", {"w": gauge})
+    assert realised.total() == pytest.approx(expected, abs=0.03)
+    if expected > 0.9:
+        realised.check(0.9)
+        return
+    with pytest.raises(TransformationError, match=r"w: .* loses the change of 1 of 1 weights") as caught:
+        realised.check(0.9)
+    assert 'quantize = "none"' in caught.value.remedy
+    assert 'format = "adapter"' in caught.value.remedy
+    realised.check(-1.0)
+
+
+def test_a_change_below_the_shown_dtype_is_still_seen():
+    """The base is shown in bfloat16, whose rounding swallows the delta; it must not pass for no change at all."""
+    import torch
+
+    weight = 0.02 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    stored, *_ = quantised(weight, "nf4", 64, double=False)
+    shown = widened(stored)
+    shown.spec = replace(stored.spec, dtype="BF16")
+    new = ComputedTensor(shown.spec, delta("w", 64, 64, 1e-7), (shown,))
+    before = shown.load()
+    assert torch.equal(new.load()[before != 0], before[before != 0])
+    gauge = Gauge(widened(shown))
+    for part in parts_like(widened(new), shown, gauge):
+        part.load()
+    assert Realised("nf4", {"w": gauge}).total() < 0.5
+
+
+def test_new_layers_are_quantised_and_other_new_matrices_are_listed(folders):
+    import torch
+
+    base = open_checkpoint(folders("llama", "nf4-double"))
+    new = {"model.layers.2.self_attn.q_proj.weight": (64, 64), "judge.weight": (2, 64), "judge.bias": (2,)}
+    values = {name: MemoryTensor(name, torch.randn(shape).bfloat16()) for name, shape in new.items()}
+    renamed = {"model.layers.5.self_attn.q_proj.weight": Q_PROJ}
+    edits = {name: Edit(tensor.spec, Value(tensor)) for name, tensor in values.items()}
+    kept = repack(base, overlay(base, Patch(edits=edits, renames=renamed), by="grow")).checkpoint
+    assert kept.specs["model.layers.2.self_attn.q_proj.weight"].dtype == "U8"
+    assert kept.specs["judge.weight"].dtype == "BF16"
+    assert kept.config["quantization_config"]["llm_int8_skip_modules"] == ["lm_head", "judge"]
+    for end in ("", ".absmax", ".nested_absmax", ".quant_state.bitsandbytes__nf4"):
+        assert kept.raw(f"model.layers.5.self_attn.q_proj.weight{end}") == base.packed.raw(f"{Q_PROJ}{end}")
+        assert f"{Q_PROJ}{end}" not in kept.tensors
+
+
+def test_what_cannot_be_stored_like_the_base_is_refused(folders):
+    import torch
+
+    base = open_checkpoint(folders("llama", "nf4-bf16-storage"))
+    odd = MemoryTensor(Q_PROJ, torch.zeros(1, 2).bfloat16())
+    edits = {Q_PROJ: Edit(odd.spec, Value(odd))}
+    with pytest.raises(Unsupported, match="do not fill whole items") as caught:
+        repack(base, overlay(base, Patch(edits=edits), by="x"))
+    assert 'quantize = "none"' in caught.value.remedy
+
+
+def logits_of(model):
+    import torch
+
+    for module in model.modules():
+        module.support_avx512bf16_for_cpu = False  # it wants a multiple of 32 rows, see core/verify/stock_load.py
+    with torch.no_grad():
+        return model(input_ids=torch.arange(2, 18)[None], attention_mask=torch.ones(1, 16, dtype=torch.long)).logits
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "name"),
+    [*(("llama", kind, DOWN) for kind in KINDS), ("qwen3", "nf4-double", "model.layers.1.self_attn.k_proj.weight"),
+     ("qwen3", "int8", Q_PROJ), ("gpt2", "nf4", "transformer.h.0.attn.c_attn.weight")],
+)  # fmt: skip
+def test_stock_transformers_computes_with_the_new_weights(folders, family, kind, name, tmp_path):
+    """Logits of the quantised output against those of the same weights dequantised, and not of the base's."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    base = open_checkpoint(folders(family, kind))
+    kept = repack(base, merged(base, name, size=0.1)).checkpoint
+    folder = materialise(kept, tmp_path / "kept")
+    floats = materialise(open_checkpoint(folder), tmp_path / "floats")
+    before = materialise(base, tmp_path / "before")
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    assert not any(info.values()), info
+    ours = logits_of(model)
+    expected, old = (logits_of(AutoModelForCausalLM.from_pretrained(each)) for each in (floats, before))
+    error, moved = (ours - expected).norm(), (old - expected).norm()
+    assert error < (0.3 if kind == "int8" else 0.1) * moved  # bfloat16 activations; int8 also quantises them
+    assert torch.isfinite(ours).all()
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    return write_adapter(tmp_path / "adapter", modules=("self_attn.q_proj", "self_attn.o_proj"))
+
+
+@pytest.mark.parametrize("kind", ["nf4-double", "int8"])
+def test_apply_merges_into_a_quantised_base(folders, kind, adapter, tmp_path):
+    step = {"use": "lora-merge", "adapter": str(adapter), "scale": 20.0}
+    recipe = write_recipe(tmp_path / "r.toml", folders("llama", kind), ABF, step, path=str(tmp_path / "out"))
+    assert "4 changed ones are quantised again" in done("plan", recipe).out
+    ran = done("apply", recipe, "--json")
+    lock = json.loads((tmp_path / "out" / "regraft.lock.json").read_text())
+    measured = lock["output"]["quantised"]
+    assert measured["realised_cosine"] > 0.9
+    assert sorted(measured["realised_cosines"]) == sorted(measured["realised_cosines"])
+    assert len(measured["realised_cosines"]) == 4
+    assert any("cosine of the stored change" in note for note in ran.json["output_notes"])
+    assert "## Quantised weights" in (tmp_path / "out" / "README.md").read_text()
+    base, out = (open_checkpoint(folder).packed for folder in (folders("llama", kind), tmp_path / "out"))
+    down = [name for name in base.tensors if name.startswith("model.layers.1.mlp.down_proj")]
+    assert len(down) > 1
+    for name in down:
+        digest = lock["output"]["tensors"][name]["digest"]
+        assert lock["base"]["tensors"][name] == digest
+    done("verify", tmp_path / "out")
+    again = write_recipe(tmp_path / "a.toml", folders("llama", kind), ABF, step, path=str(tmp_path / "again"))
+    done("apply", again, "--threads", "1")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
+    assert out.config["quantization_config"] == base.config["quantization_config"]
+
+
+def test_apply_refuses_a_lost_delta_and_each_remedy_helps(folders, adapter, tmp_path):
+    step = {"use": "lora-merge", "adapter": str(adapter), "scale": 0.01}
+    base, out = folders("llama", "nf4"), tmp_path / "out"
+    recipe = write_recipe(tmp_path / "r.toml", base, step, path=str(out))
+    ran = regraft("apply", recipe)
+    assert ran.code == 1
+    assert "loses the change of 4 of 4 weights" in ran.err
+    assert not out.exists()
+    assert not list(tmp_path.glob(".out*"))
+    done("apply", recipe, "--set", "output.minimum_cosine=-1")
+    done("apply", recipe, "--set", "output.quantize=none", "--force")
+    assert "quantization_config" not in open_checkpoint(out).config
+    nf4 = regraft("apply", recipe, "--set", "output.quantize=nf4", "--force")
+    assert "loses the change" in nf4.err, "the form that the base has, asked for by name, is held to the same rule"
+
+
+def test_quantised_output_comes_after_any_step(folders, adapter, tmp_path):
+    """A float base, two steps, nf4: what quantising the two steps' own output gives."""
+    base = folders("llama", "nf4").parent / "llama"
+    steps = (ABF, {"use": "lora-merge", "adapter": str(adapter)})
+    done("apply", write_recipe(tmp_path / "a.toml", base, *steps, path=str(tmp_path / "floats")))
+    done("apply", write_recipe(tmp_path / "b.toml", tmp_path / "floats", path=str(tmp_path / "two"), quantize="nf4"))
+    done("apply", write_recipe(tmp_path / "c.toml", base, *steps, path=str(tmp_path / "one"), quantize="nf4"))
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
