@@ -23,6 +23,7 @@ FAST_CLASS = "PreTrainedTokenizerFast"
 """Loads tokenizer.json as it stands, in transformers 4 and 5."""
 
 _SLOW_ONLY = ("sp_model_kwargs", "legacy", "vocab_file", "merges_file", "spaces_between_special_tokens")
+_ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_decoder_ids", "force_words_ids")
 
 
@@ -39,13 +40,14 @@ class Metadata:
     dropped: Mapping[str, str] = field(default_factory=dict)
 
 
-def metadata(checkpoint: Checkpoint, rows: int, new_id: Mapping[int, int] | None = None) -> Metadata:
+def metadata(checkpoint: Checkpoint, rows: int, new_id: Mapping[int, int] | None = None, padding: int = 0) -> Metadata:
     """What `rows` rows, and ids that moved, ask of the files.
 
     Args:
         checkpoint: as it was.
         rows: of the new embeddings.
         new_id: the new id of every old one that is kept; None where all keep theirs.
+        padding: rows at the end that no token has; they are never to be generated.
 
     Raises:
         TransformationError: a config names a token that is gone.
@@ -54,20 +56,22 @@ def metadata(checkpoint: Checkpoint, rows: int, new_id: Mapping[int, int] | None
     config = {**_ids(checkpoint.config, CONFIG, moved), **_sizes(checkpoint.config, rows)}
     found = {
         CONFIG: config,
-        GENERATION_CONFIG: _ids(checkpoint.generation_config, GENERATION_CONFIG, moved),
+        GENERATION_CONFIG: _generation(checkpoint, moved, range(rows - padding, rows)),
         TOKENIZER_CONFIG: _tokenizer_config(checkpoint, moved),
     }
     dropped = {name: "holds the old vocabulary" for name in STALE if name in checkpoint.files}
     return Metadata({name: change for name, change in found.items() if change}, dropped)
 
 
-def movable(checkpoint: Checkpoint) -> dict[str, set[str]]:
+def movable(checkpoint: Checkpoint, *, padded: bool) -> dict[str, set[str]]:
     """By file, the keys whose values follow the new ids and the number of rows."""
     found = {CONFIG: {"vocab_size", *_sizes(checkpoint.config, 0)}}
     for name, config in ((CONFIG, checkpoint.config), (GENERATION_CONFIG, checkpoint.generation_config)):
         keys = {key for key, value in config.items() if _names_ids(key) or isinstance(value, Mapping)}
         if keys:
             found.setdefault(name, set()).update(keys)
+    if padded:
+        found.setdefault(GENERATION_CONFIG, set()).update((*_ENDS, "suppress_tokens"))
     if "added_tokens_decoder" in checkpoint.json(TOKENIZER_CONFIG):
         found[TOKENIZER_CONFIG] = {"added_tokens_decoder"}
     return found
@@ -92,6 +96,18 @@ def _flat(value: Any) -> Iterator[int]:
             yield from _flat(one)
     elif type(value) is int and value >= 0:
         yield value
+
+
+def _generation(checkpoint: Checkpoint, moved: Any, padding: range) -> dict[str, Any]:
+    """The ids of generation_config.json; where it is missing and rows are padded, with the ends of config.json."""
+    found = _ids(checkpoint.generation_config, GENERATION_CONFIG, moved)
+    if not padding:
+        return found
+    if GENERATION_CONFIG not in checkpoint.files:
+        ends = {key: checkpoint.config.get(key) for key in _ENDS}
+        found = {key: _moved(value, moved, CONFIG) for key, value in ends.items() if value is not None}
+    suppressed = found.get("suppress_tokens", checkpoint.generation_config.get("suppress_tokens")) or []
+    return {**found, "suppress_tokens": [*suppressed, *padding]}
 
 
 def _sizes(config: Mapping[str, Any], rows: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, FilePath, model_validator
 
 from regraft.core.data.settings import Data
 from regraft.core.transformation import Params
@@ -14,8 +14,8 @@ Count = Annotated[int, Field(ge=1)]
 
 _LEARNT = ("extend", "replace-train", "trim")
 _USED = {
-    "corpus": _LEARNT,
-    "corpus_bytes": _LEARNT,
+    "corpus": (*_LEARNT, "replace-donor"),
+    "corpus_bytes": (*_LEARNT, "replace-donor"),
     "size": ("extend", "replace-train"),
     "min_count": _LEARNT,
     "donor": ("replace-donor",),
@@ -29,6 +29,20 @@ _NEEDED = {
     "add-tokens": ("add",),
     "trim": ("corpus",),
 }
+
+
+class WordVectors(Params):
+    """Static word vectors of two languages, in fastText's text form.
+
+    Args:
+        source: of the language of the old vocabulary.
+        target: of that of the new tokens.
+        dictionary: pairs of words that mean the same, one pair a line; None where the vectors share a space already.
+    """
+
+    source: FilePath
+    target: FilePath
+    dictionary: FilePath | None = None
 
 
 class TokenizerRetrofitParams(Params):
@@ -61,9 +75,15 @@ class TokenizerRetrofitParams(Params):
     add: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), description="add-tokens: texts of the new tokens.")
     add_special: bool = Field(True, description="add-tokens: leave them out when text is decoded for reading.")
     keep: tuple[str, ...] = Field((), description="trim: texts whose tokens stay, however rare.")
-    init: Literal["subtoken-mean"] = Field(
-        "subtoken-mean", description="Rows of new tokens. subtoken-mean: the mean of the rows that spell the token."
+    init: Literal["subtoken-mean", "blend", "focus", "wechsel", "omp", "mean", "normal"] = Field(
+        "subtoken-mean",
+        description="Rows of new tokens. subtoken-mean: the mean of the rows that spell the token. focus: a mixture of "
+        "kept tokens that stand in like company in the corpus. blend: half of each. wechsel: a mixture of old tokens "
+        "that mean the like, by `vectors`. omp: the donor's rows, written in shared tokens. mean: of all old rows. "
+        "normal: drawn around it.",
     )
+    vectors: WordVectors | None = Field(None, description="wechsel: word vectors of the two languages.")
+    atoms: Count = Field(64, description="omp: shared tokens that a row is written in.")
     pad_to_multiple_of: Count = Field(
         1, description="Rows of zeros behind the last token, up to a multiple of this; they are never generated."
     )
@@ -77,6 +97,12 @@ class TokenizerRetrofitParams(Params):
         needed = [key for key in _NEEDED[self.vocabulary] if key not in given]
         if needed:
             raise ValueError(f'vocabulary = "{self.vocabulary}" needs {needed[0]}')
+        if (self.init == "wechsel") != (self.vectors is not None):
+            raise ValueError('init = "wechsel" and vectors go together')
+        if self.init == "omp" and self.vocabulary != "replace-donor":
+            raise ValueError('init = "omp" needs vocabulary = "replace-donor"')
+        if self.init in ("focus", "blend") and self.corpus is None:
+            raise ValueError(f'init = "{self.init}" learns from a corpus: give one')
         if self.corpus is not None and self.corpus.kind not in (None, "text"):
             raise ValueError('a corpus is text: leave kind out, or set kind = "text"')
         return self

@@ -11,10 +11,10 @@ from regraft.core.jsonio import dump
 from regraft.core.patch import Edit, Outline, Patch, overlay
 from regraft.core.transformation import Run
 from regraft.core.verify.structure import TOKENIZER
+from regraft.plugins.tokenizer_retrofit.initial import Initial
 from regraft.plugins.tokenizer_retrofit.metadata import metadata, movable
 from regraft.plugins.tokenizer_retrofit.params import TokenizerRetrofitParams
 from regraft.plugins.tokenizer_retrofit.proof import prove
-from regraft.plugins.tokenizer_retrofit.rows import subtoken_means
 from regraft.plugins.tokenizer_retrofit.sources import check_source, corpus_of, make_vocabulary, most_rows
 from regraft.plugins.tokenizer_retrofit.tables import Tables
 from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
@@ -37,7 +37,9 @@ def outline(checkpoint: Checkpoint, params: TokenizerRetrofitParams) -> Outline:
     changes = metadata(checkpoint, rows)
     specs = tables.specs(checkpoint, rows)
     memory = 4 * max(checkpoint.specs[tables.embeddings].nbytes, specs[tables.embeddings].nbytes)
-    undecided = {name: frozenset(keys) for name, keys in movable(checkpoint).items()}
+    undecided = {
+        name: frozenset(keys) for name, keys in movable(checkpoint, padded=params.pad_to_multiple_of > 1).items()
+    }
     return Outline(
         specs=specs,
         json=changes.json,
@@ -45,7 +47,7 @@ def outline(checkpoint: Checkpoint, params: TokenizerRetrofitParams) -> Outline:
         dropped=changes.dropped,
         notes=(f"{old.rows} tokens, and then at most {rows} rows",),
         exact=False,
-        undecided=undecided,
+        undecided={name: frozenset(moving) for name, moving in keys.items()},
         workspace_bytes=memory,
     )
 
@@ -60,7 +62,7 @@ def apply(checkpoint: Checkpoint, params: TokenizerRetrofitParams, run: Run) -> 
     old = TokenizerFile.of(checkpoint)
     tables = Tables.of(checkpoint, old)
     new = make_vocabulary(checkpoint, old, tables, params, run)
-    patch = made_patch(checkpoint, tables, new, params)
+    patch = made_patch(checkpoint, tables, old, new, params, run)
     corpus = corpus_of(params)
     texts = corpus.texts() if corpus is not None else ()
     figures = prove(checkpoint, overlay(checkpoint, patch, by=run.step), old, new, texts, run)
@@ -74,18 +76,25 @@ def apply(checkpoint: Checkpoint, params: TokenizerRetrofitParams, run: Run) -> 
     return replace(patch, metrics=figures, reports=reports)
 
 
-def made_patch(checkpoint: Checkpoint, tables: Tables, new: NewVocabulary, params: TokenizerRetrofitParams) -> Patch:
+def made_patch(
+    checkpoint: Checkpoint,
+    tables: Tables,
+    old: TokenizerFile,
+    new: NewVocabulary,
+    params: TokenizerRetrofitParams,
+    run: Run,
+) -> Patch:
     """Tables, tokenizer and configs, without proof."""
     total = padded(len(new.origins), params.pad_to_multiple_of)
     moved = new.new_id()
     same = all(moved.get(index) == index for index in range(tables.rows))
-    changes = metadata(checkpoint, total, None if same else moved)
+    changes = metadata(checkpoint, total, None if same else moved, total - len(new.origins))
     specs = tables.specs(checkpoint, total)
     edits = {}
-    for name in tables.names:
-        rows = subtoken_means(checkpoint.load(name), new.origins)
-        parts = [*rows.parts, *[()] * (total - len(new.origins))]
-        edits[name] = Edit(specs[name], replace(rows, parts=parts).operation(name))
+    initial = Initial(old, new, params, run)
+    for role, name in tables.by_role().items():
+        rows = initial.rows(checkpoint.load(name), role)
+        edits[name] = Edit(specs[name], rows.operation(name, total - len(new.origins)))
     return Patch(
         edits=edits,
         json=changes.json,

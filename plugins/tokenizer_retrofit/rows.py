@@ -1,18 +1,15 @@
-"""Rows of the embeddings and the head for a new vocabulary: sums of old rows, and rows that are brought along.
-
-The mean of the pieces is fast vocabulary transfer (Gee et al., arXiv 2402.09977): it is not rescaled, since with tied
-embeddings a longer row is a larger logit.
-"""
+"""Rows of the embeddings and the head for a new vocabulary: sums of old rows, and rows that are brought along."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from regraft.core.operations import Operation
 from regraft.core.row_map import row_map
 from regraft.core.tensors import LazyTensor, MemoryTensor
+from regraft.plugins.tokenizer_retrofit.focus import Mixture
 from regraft.plugins.tokenizer_retrofit.vocabulary import Origin
 
 if TYPE_CHECKING:
@@ -33,29 +30,61 @@ class Rows:
     weights: Sequence[Sequence[float]] | None = None
     brought: torch.Tensor | None = None
 
-    def operation(self, name: str) -> Operation:
-        """The map of the table `name`."""
+    def operation(self, name: str, padding: int) -> Operation:
+        """The map of the table `name`, with so many rows of zeros behind it."""
         brought: LazyTensor | None = None if self.brought is None else MemoryTensor("brought", self.brought)
-        return row_map(name, self.parts, self.weights, brought)
-
-    def values(self, table: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
-        """[n, ...] fp32: some rows of the new table, from the old one."""
-        import torch
-
-        rows = table.float() if self.brought is None else torch.cat([table.float(), self.brought.float()])
-        made = []
-        for index in indices:
-            parts = torch.tensor(self.parts[index], dtype=torch.int64)
-            share = torch.full((len(parts),), 1 / max(1, len(parts)))
-            if self.weights is not None:
-                share = torch.tensor(self.weights[index])
-            made.append((rows[parts] * share.view(-1, *[1] * (rows.dim() - 1))).sum(0))
-        return torch.stack(made) if made else rows[:0]
+        weights = None if self.weights is None else [*self.weights, *[()] * padding]
+        return row_map(name, [*self.parts, *[()] * padding], weights, brought)
 
 
 def subtoken_means(table: torch.Tensor, origins: Sequence[Origin]) -> Rows:
-    """Kept rows as they are; new ones as the mean of the rows that spell them, or, unspelled, of all old rows."""
+    """Kept rows as they are; new ones as the mean of the rows that spell them, or, unspelled, of all old rows.
+
+    Gee et al., Fast Vocabulary Transfer (arXiv 2402.09977). Not rescaled: with tied embeddings a longer row is a larger
+    logit, and the part that all rows share is most of their length.
+    """
     mean = len(table)
     parts = [[origin.kept] if origin.kept is not None else [*origin.parts] or [mean] for origin in origins]
     unspelled = any(origin.kept is None and not origin.parts for origin in origins)
     return Rows(parts, None, table.float().mean(0, keepdim=True) if unspelled else None)
+
+
+def mixed(table: torch.Tensor, origins: Sequence[Origin], mixture: Mixture, share: float = 1.0) -> Rows:
+    """New rows as mixtures of old ones, by `share`, and for the rest as means of their pieces.
+
+    Args:
+        table: [rows, ...] the old one.
+        origins: of the new rows.
+        mixture: by new row; a row without one is the mean alone.
+        share: of the mixture.
+    """
+    means = subtoken_means(table, origins)
+    parts: list[list[int]] = []
+    weights: list[list[float]] = []
+    for index, pieces in enumerate(means.parts):
+        own, weight = mixture.get(index, ([], []))
+        rest = 1 - share if own else 1.0
+        kept = [*pieces] if rest else []
+        parts.append([*own, *kept])
+        weights.append([*(share * one for one in weight), *[rest / len(pieces)] * len(kept)])
+    return Rows(parts, weights, means.brought)
+
+
+def drawn(table: torch.Tensor, origins: Sequence[Origin], *, deviation: float, seed: int) -> Rows:
+    """New rows drawn around the mean of the old: N(mean, (deviation · std)²) for each entry; `mean` draws none.
+
+    Args:
+        table: [rows, ...].
+        origins: of the new rows.
+        deviation: 0 for the mean itself.
+        seed: of the draw.
+    """
+    import torch
+
+    wide = table.float()
+    new = [index for index, origin in enumerate(origins) if origin.kept is None]
+    place: Mapping[int, int] = {index: len(table) + number for number, index in enumerate(new)}
+    noise = torch.randn(len(new), *table.shape[1:], generator=torch.Generator().manual_seed(seed))
+    brought = wide.mean(0) + deviation * wide.std(0) * noise
+    parts = [[origin.kept] if origin.kept is not None else [place[index]] for index, origin in enumerate(origins)]
+    return Rows(parts, None, brought)

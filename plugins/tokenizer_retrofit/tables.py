@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from regraft.core.architectures import Architecture, architecture_of
 from regraft.core.checkpoint import Checkpoint
@@ -50,6 +51,13 @@ class Tables:
     def names(self) -> tuple[str, ...]:
         """All of them."""
         return tuple(name for name in (self.embeddings, self.head, self.bias) if name is not None)
+
+    def by_role(self) -> dict[Literal["embeddings", "head", "bias"], str]:
+        """Their names by what they are."""
+        found: dict[Literal["embeddings", "head", "bias"], str | None] = {
+            "embeddings": self.embeddings, "head": self.head, "bias": self.bias
+        }  # fmt: skip
+        return {role: name for role, name in found.items() if name is not None}
 
     def specs(self, checkpoint: Checkpoint, rows: int) -> dict[str, TensorSpec]:
         """The tables with another number of rows."""

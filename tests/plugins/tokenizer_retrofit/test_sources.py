@@ -209,7 +209,7 @@ def test_added_tokens_are_matched_verbatim_and_have_rows(tmp_path):
 def test_keys_of_other_sources_and_missing_ones_are_named(corpus):
     for values, message in [
         ({"vocabulary": "trim"}, "size is not for"),
-        ({"vocabulary": "replace-donor", "size": None, "min_count": None}, "corpus is not for"),
+        ({"vocabulary": "add-tokens", "size": None, "min_count": None}, "corpus is not for"),
         ({"vocabulary": "replace-train", "size": None}, "needs size"),
         ({"keep": ["x"]}, "keep is not for"),
     ]:

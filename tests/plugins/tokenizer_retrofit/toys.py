@@ -23,10 +23,10 @@ KINDS = ("byte-bpe", "piece-bpe", "unigram", "wordpiece")
 
 
 def backend(kind, size=320):
-    """A trained `tokenizers.Tokenizer`."""
+    """A trained `tokenizers.Tokenizer`: one of `KINDS`, or `byte-bpe-dutch`."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-    if kind == "byte-bpe":
+    if kind.startswith("byte-bpe"):
         made = Tokenizer(models.BPE())
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         made.decoder = decoders.ByteLevel()
@@ -52,7 +52,8 @@ def backend(kind, size=320):
         made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         made.decoder = decoders.WordPiece()
         trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=SPECIALS)
-    made.train_from_iterator([ENGLISH, "".join(sorted(set(DUTCH)))], trainer)
+    text = DUTCH if kind.endswith("dutch") else ENGLISH
+    made.train_from_iterator([text, "".join(sorted(set(DUTCH)))], trainer)
     if kind == "piece-bpe":
         made.pre_tokenizer = None
         made = Tokenizer.from_str(_without_added(made.to_str()))
