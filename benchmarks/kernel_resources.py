@@ -28,6 +28,7 @@ MODULES = (
     "regraft.kernels.fourier_logits_triton",
     "regraft.kernels.calibrated_attention_triton",
     "regraft.kernels.rope_scale_triton",
+    "regraft.kernels.nf4_merge_triton",
 )
 """Modules whose `builds()` names what they ship."""
 
