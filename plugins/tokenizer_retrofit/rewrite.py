@@ -37,9 +37,7 @@ def outline(checkpoint: Checkpoint, params: TokenizerRetrofitParams) -> Outline:
     changes = metadata(checkpoint, rows)
     specs = tables.specs(checkpoint, rows)
     memory = 4 * max(checkpoint.specs[tables.embeddings].nbytes, specs[tables.embeddings].nbytes)
-    undecided = {
-        name: frozenset(keys) for name, keys in movable(checkpoint, padded=params.pad_to_multiple_of > 1).items()
-    }
+    moving = movable(checkpoint, padded=params.pad_to_multiple_of > 1)
     return Outline(
         specs=specs,
         json=changes.json,
@@ -47,7 +45,7 @@ def outline(checkpoint: Checkpoint, params: TokenizerRetrofitParams) -> Outline:
         dropped=changes.dropped,
         notes=(f"{old.rows} tokens, and then at most {rows} rows",),
         exact=False,
-        undecided={name: frozenset(moving) for name, moving in keys.items()},
+        undecided={name: frozenset(keys) for name, keys in moving.items()},
         workspace_bytes=memory,
     )
 
