@@ -1,5 +1,6 @@
 """Every recipe that ships with regraft is run, is exact as planned, verifies, and loads in stock transformers."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,11 @@ from regraft.core.sources.folder import REPORTS
 from tests.running import done
 
 RECORDS = {"README.md", "regraft.lock.json"}
+
+
+def _marks(name):
+    """What a recipe does beyond stock weights."""
+    return {mark for mark in ('quantize = "', 'use = "fourier-head"') if mark in shipped_text(name)}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +56,10 @@ def test_check_plan_apply_verify(name, outputs):
     assert report["digests_that_agree"] > 10
 
 
-@pytest.mark.parametrize("name", [name for name in shipped_names() if 'quantize = "' not in shipped_text(name)])
+STOCK = [name for name in shipped_names() if not _marks(name)]
+
+
+@pytest.mark.parametrize("name", STOCK)
 def test_stock_transformers_loads_the_result_and_it_still_speaks(name, outputs):
     """Without code of ours, with every key in place, and with about the base's loss on a sentence."""
     import torch
@@ -82,3 +91,23 @@ def test_a_copied_recipe_does_what_the_shipped_one_does(tmp_path, monkeypatch, o
     shipped = outputs["yarn"]
     assert (tmp_path / "out/yarn/config.json").read_bytes() == (shipped / "config.json").read_bytes()
     assert shipped_path("yarn").is_file()
+
+
+def test_the_dial_is_learnt_as_a_density(outputs):
+    """The loss of held-out digits comes near that of the noise, 1.6 nats; what is likely lies near the setting."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    lock = json.loads((outputs["numbers"] / "regraft.lock.json").read_text())
+    figures = lock["steps"][0]["metrics"]["train"]
+    assert figures["held_out_after"]["loss"] < 1.9 < figures["held_out_before"]["loss"]
+    model = AutoModelForCausalLM.from_pretrained(outputs["numbers"], trust_remote_code=True, dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(outputs["numbers"], trust_remote_code=True)(
+        "The dial is set to 5, and it shows ", return_tensors="pt"
+    )["input_ids"]
+    with torch.inference_mode():
+        density = model.density(ids)
+        assert model(ids).logits[0, -1].softmax(-1)[21:31].sum() > 0.9, "a number comes"
+    masses = density.log_masses().exp()[0]
+    assert 3.5 < density.mean().item() < 6.5
+    assert 3 <= masses.argmax().item() <= 7
