@@ -1,4 +1,4 @@
-"""A language model that reads hand-written digits without a visual token; a generator at the shapes of SmolLM2.
+"""A language model that reads hand-written digits without a visual token.
 
 Usage: python tests/end_to_end/vlora_toy.py [short] [--keep DIR] [--seed N]
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from smollm2 import fetch, regraft, shell
+from smollm2 import regraft, shell
 
 DIGIT, PARITY = "Which digit is it?", "Is it even or odd?"
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -40,19 +40,6 @@ for question in questions:
     output = model.generate(**prompt, max_new_tokens=12, do_sample=False)
     answers.append(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
 print(json.dumps(answers))
-"""
-COMPARE = """
-import sys, torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-base, merged, adapter, text = sys.argv[1:]
-ids = AutoTokenizer.from_pretrained(base)(text, return_tensors="pt").input_ids
-load = lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-with torch.inference_mode():
-    plain, one = (load(folder)(input_ids=ids).logits for folder in (base, merged))
-    other = PeftModel.from_pretrained(load(base), adapter)(input_ids=ids).logits
-assert not any(name.partition(".")[0] == "regraft" for name in sys.modules)
-print((one - other).norm().item() / (one - plain).norm().item())
 """
 
 
@@ -225,44 +212,6 @@ verify = "load"
     assert right >= count - 1, f"{right} of {count} right"
 
 
-def check_smollm2(root: Path) -> None:
-    """A generator of SmolLM2's shapes: the adapter of a picture computes what its merged checkpoint does."""
-    (root / "convert.toml").write_text(f'[base]\nmodel = "{fetch(root)}"\n[output]\ndtype = "float32"\n')
-    regraft("apply", root / "convert.toml", "-o", root / "smollm2", "--force", "--no-durable")
-    (root / "smollm2.toml").write_text("""
-[base]
-model = "smollm2"
-[[steps]]
-use = "vlora-train"
-data = { source = "images/rows.jsonl", max_rows = 16 }
-vision = "tower"
-new = { dim = 64, depth = 1, heads = 4, rank = 8, types = "qkvo", every = 6, separate = false }
-lr = 5e-3
-batch_size = 4
-steps = 3
-""")
-    regraft("apply", root / "smollm2.toml", "-o", root / "smollm2-trained", "--force", "--no-durable")
-    for name, output in (("merged", 'verify = "load"'), ("adapter", 'format = "adapter"')):
-        (root / f"{name}.toml").write_text(f"""
-[base]
-model = "smollm2"
-[[steps]]
-use = "vlora"
-image = "images/0.png"
-generator = "smollm2-trained/vlora"
-vision = "tower"
-[output]
-{output}
-""")
-        regraft("apply", root / f"{name}.toml", "-o", root / name, "--force", "--no-durable")
-    folders = [root / name for name in ("smollm2", "merged", "adapter")]
-    apart = float(shell(sys.executable, "-I", "-c", COMPARE, *folders, "Which digit is it? It is"))
-    weights = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in folders[1:]]
-    print(f"SmolLM2-135M: merged {weights[0] / 1e6:.1f} MB and adapter {weights[1] / 1e6:.1f} MB change the logits "
-          f"alike, but for {apart:.1e} of the change")  # fmt: skip
-    assert apart < 1e-3, apart
-
-
 def main() -> None:
     """Run the campaign; every statement it prints was checked."""
     parser = argparse.ArgumentParser()
@@ -276,15 +225,13 @@ def main() -> None:
         learnt, held_out = draw(root / "images", options.seed)
         write_rows(root / "images" / "rows.jsonl", learnt)
         make_tower(root / "tower", options.seed)
-        generator = train(root, 200 if short else 900, options.seed)
+        generator = train(root, 200 if short else 600, options.seed)
         reader = Reader(generator, root / "tower")
         found = accuracy(reader, root, held_out, len(learnt))
         for question, chance in ((DIGIT, 0.1), (PARITY, 0.5)):
             assert abs(found[question][0] - chance) < 0.06, found
         assert found[DIGIT][1] >= (0.7 if short else 0.9), found
         bake(root, generator, held_out, len(learnt), 2 if short else 10)
-        if not short:
-            check_smollm2(root)
 
 
 if __name__ == "__main__":
