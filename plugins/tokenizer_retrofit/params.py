@@ -45,6 +45,29 @@ class WordVectors(Params):
     dictionary: FilePath | None = None
 
 
+class AdaptSettings(Params):
+    """Training of the new rows alone.
+
+    Args:
+        data: texts; None takes the corpus.
+        steps, epochs: the most steps, and passes over the data.
+        batch_size: sequences of a step.
+        tokens: of a sequence; the texts are packed.
+        lr, warmup_steps, schedule: the learning rate.
+        precision: of products.
+    """
+
+    data: Data | None = None
+    steps: Count | None = 40
+    epochs: Count = 1
+    batch_size: Count = 1
+    tokens: Annotated[int, Field(ge=2)] = 256
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3e-4
+    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
 class TokenizerRetrofitParams(Params):
     """Parameters of `tokenizer-retrofit`."""
 
@@ -87,6 +110,15 @@ class TokenizerRetrofitParams(Params):
     pad_to_multiple_of: Count = Field(
         1, description="Rows of zeros behind the last token, up to a multiple of this; they are never generated."
     )
+    adapt: AdaptSettings | None = Field(
+        None,
+        description="Learn the new rows alone: { data, steps, epochs, batch_size, tokens, lr, warmup_steps, "
+        "schedule, precision }. Default: they stay as made.",
+    )
+    held_out: Data | None = Field(
+        None,
+        description="Texts whose bits per byte are measured with the old vocabulary, the new one, and the learnt rows.",
+    )
 
     @model_validator(mode="after")
     def _keys_fit(self) -> Self:
@@ -103,6 +135,8 @@ class TokenizerRetrofitParams(Params):
             raise ValueError('init = "omp" needs vocabulary = "replace-donor"')
         if self.init in ("focus", "blend") and self.corpus is None:
             raise ValueError(f'init = "{self.init}" learns from a corpus: give one')
+        if self.adapt is not None and (self.adapt.data or self.corpus) is None:
+            raise ValueError("adapt needs data, since there is no corpus")
         if self.corpus is not None and self.corpus.kind not in (None, "text"):
             raise ValueError('a corpus is text: leave kind out, or set kind = "text"')
         return self

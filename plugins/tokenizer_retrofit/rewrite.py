@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
 from regraft.core.checkpoint import Checkpoint, FileRef
 from regraft.core.jsonio import dump
 from regraft.core.patch import Edit, Outline, Patch, overlay
+from regraft.core.training.footprint import state_bytes, training_bytes
 from regraft.core.transformation import Run
 from regraft.core.verify.structure import TOKENIZER
 from regraft.plugins.tokenizer_retrofit.initial import Initial
 from regraft.plugins.tokenizer_retrofit.metadata import metadata, movable
-from regraft.plugins.tokenizer_retrofit.params import TokenizerRetrofitParams
+from regraft.plugins.tokenizer_retrofit.params import AdaptSettings, TokenizerRetrofitParams
 from regraft.plugins.tokenizer_retrofit.proof import prove
 from regraft.plugins.tokenizer_retrofit.sources import check_source, corpus_of, make_vocabulary, most_rows
 from regraft.plugins.tokenizer_retrofit.tables import Tables
@@ -37,6 +39,13 @@ def outline(checkpoint: Checkpoint, params: TokenizerRetrofitParams) -> Outline:
     changes = metadata(checkpoint, rows)
     specs = tables.specs(checkpoint, rows)
     memory = 4 * max(checkpoint.specs[tables.embeddings].nbytes, specs[tables.embeddings].nbytes)
+    disk = 0
+    if params.held_out is not None or params.adapt is not None:
+        adapt = params.adapt or AdaptSettings()
+        trained = sum(math.prod(spec.shape) for spec in specs.values() if len(spec.shape) == 2)
+        tokens = adapt.tokens * adapt.batch_size
+        memory += training_bytes(checkpoint, trained if params.adapt is not None else 0, tokens=tokens)
+        disk = state_bytes(trained) if params.adapt is not None else 0
     moving = movable(checkpoint, padded=params.pad_to_multiple_of > 1)
     return Outline(
         specs=specs,
@@ -47,6 +56,7 @@ def outline(checkpoint: Checkpoint, params: TokenizerRetrofitParams) -> Outline:
         exact=False,
         undecided={name: frozenset(keys) for name, keys in moving.items()},
         workspace_bytes=memory,
+        scratch_bytes=disk,
     )
 
 
@@ -61,16 +71,19 @@ def apply(checkpoint: Checkpoint, params: TokenizerRetrofitParams, run: Run) -> 
     tables = Tables.of(checkpoint, old)
     new = make_vocabulary(checkpoint, old, tables, params, run)
     patch = made_patch(checkpoint, tables, old, new, params, run)
+    after = overlay(checkpoint, patch, by=run.step)
     corpus = corpus_of(params)
-    texts = corpus.texts() if corpus is not None else ()
-    figures = prove(checkpoint, overlay(checkpoint, patch, by=run.step), old, new, texts, run)
-    figures = {**new.figures, **new.counts(), **figures}
+    proven = prove(checkpoint, after, old, new, corpus.texts() if corpus is not None else (), run)
+    figures = {**new.figures, **new.counts(), **proven}
     if corpus is not None:
         figures["corpus"] = corpus.summary()
-    reports = {
-        ID_MAP: FileRef(data=_json(new.id_map())),
-        REPORT: FileRef(data=_json(figures)),
-    }
+    reports: dict[str, FileRef] = {}
+    if params.held_out is not None or params.adapt is not None:
+        from regraft.plugins.tokenizer_retrofit.measured import measured
+
+        patch, more, reports = measured(checkpoint, after, patch, tables, new, params, run)
+        figures |= more
+    reports |= {ID_MAP: FileRef(data=_json(new.id_map())), REPORT: FileRef(data=_json(figures))}
     return replace(patch, metrics=figures, reports=reports)
 
 

@@ -21,14 +21,15 @@ EXTENSION = 2048
 
 
 def check_source(params: TokenizerRetrofitParams) -> None:
-    """Whether corpus and donor are there.
+    """Whether corpus, held-out texts and donor are there.
 
     Raises:
         UsageError, InputError: they are not, or the donor's tokenizer.json is malformed.
         Unsupported: the donor's tokenizer is of a kind that cannot be used.
     """
-    if params.corpus is not None:
-        check_sources(params.corpus)
+    for data in (params.corpus, params.held_out, params.adapt and params.adapt.data):
+        if data is not None:
+            check_sources(data)
     if params.donor is not None:
         open_donor(params.donor)
 
