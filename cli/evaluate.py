@@ -61,7 +61,7 @@ def evaluate(
     ] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Measure a checkpoint's model: perplexity, choices, passkey, preference, generation, divergence from a base."""
+    """Measure a checkpoint's model: perplexity, choices, passkey, preference, generation, forecasts, divergence."""
     del list_tasks
     from regraft.core.devices import check_device, resolve_device
     from regraft.core.errors import UsageError, VerificationError

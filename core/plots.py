@@ -93,6 +93,48 @@ def heat_map(
     return png.getvalue()
 
 
+def fan_chart(
+    history: Sequence[float],
+    actual: Sequence[float],
+    median: Sequence[float],
+    bands: Mapping[float, tuple[Sequence[float], Sequence[float]]],
+    *,
+    title: str,
+    x: str,
+    y: str,
+    first: int = 0,
+) -> bytes:
+    """A forecast as a fan: what was known, the median and central intervals, and what came.
+
+    Args:
+        history: values before the forecast.
+        actual: [H] what came.
+        median: [H].
+        bands: lower and upper ends [H] of intervals, by their level; wide ones are pale.
+        title: of the plot.
+        x, y: what the axes are.
+        first: where the history begins on the x axis.
+    """
+    origin = first + len(history)
+    last = list(history[-1:])  # where the fan begins
+    ahead = range(origin - len(last), origin + len(median))
+    with _axes() as (axes, png):
+        from matplotlib import colormaps
+
+        axes.plot(range(first, origin), history, color="black", label="known")
+        for number, level in enumerate(sorted(bands, reverse=True), start=1):
+            low, high = bands[level]
+            colour = colormaps["Blues"](0.5 * number / len(bands))
+            axes.fill_between(
+                ahead, [*last, *low], [*last, *high], color=colour, linewidth=0, label=f"{level:.0%}", zorder=1.5
+            )
+        axes.plot(ahead, [*last, *median], color="C0", label="median")
+        axes.plot(ahead, [*last, *actual], color="C3", linestyle="--", label="what came")
+        axes.legend()
+        axes.set(title=title, xlabel=x, ylabel=y)
+    return png.getvalue()
+
+
 @contextmanager
 def _axes() -> Iterator[tuple[Axes, io.BytesIO]]:
     """Axes of a figure, and where its PNG stands once the block has ended."""

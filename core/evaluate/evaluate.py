@@ -98,6 +98,14 @@ def _outcome(task: Task, measured: Measured, base: Measured | None, seed: int) -
     def beside(name: str) -> Sample | None:
         return None if base is None else base.samples.get(name)
 
+    for name, one in measured.samples.items():
+        other = beside(name)
+        if other is not None and one.keys and other.keys and set(one.keys).isdisjoint(other.keys):
+            raise UsageError(
+                "model and base were measured on different units", where=f"--task {task.id}",
+                expected="such as the same horizon and period", found=f"{one.keys[0]}, and {other.keys[0]} of the base",
+                remedy="name in the task what they were made for differently",
+            )  # fmt: skip
     figures = {name: compare(one, beside(name), seed=seed) for name, one in measured.samples.items()}
     return Outcome(task, figures, measured, base)
 

@@ -67,6 +67,24 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Fan:
+    """A forecast of H values beside what came, one plot for each model.
+
+    Args:
+        first: number of the first value shown.
+        history: values before the forecast.
+        actual, median: [H].
+        bands: lower and upper ends [H] of central intervals, by their level.
+    """
+
+    first: int
+    history: Sequence[float]
+    actual: Sequence[float]
+    median: Sequence[float]
+    bands: Mapping[float, tuple[Sequence[float], Sequence[float]]]
+
+
+@dataclass(frozen=True)
 class Measured:
     """What a metric found.
 
@@ -74,7 +92,7 @@ class Measured:
         samples: by the name of the figure.
         facts: what was measured on, such as numbers of tokens, for `--json`; JSON values.
         notes: what a reader of the figures should know, for people.
-        curves, grids: for `--plots`, by name.
+        curves, grids, fans: for `--plots`, by name.
     """
 
     samples: Mapping[str, Sample]
@@ -82,6 +100,7 @@ class Measured:
     notes: Sequence[str] = ()
     curves: Mapping[str, Curve] = field(default_factory=dict)
     grids: Mapping[str, Grid] = field(default_factory=dict)
+    fans: Mapping[str, Fan] = field(default_factory=dict)
 
 
 class Metric(ABC, Generic[P]):

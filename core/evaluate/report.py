@@ -10,7 +10,7 @@ from typing import Any
 
 from regraft.core.errors import ResourceError
 from regraft.core.evaluate.evaluate import Outcome
-from regraft.core.evaluate.metric import Curve, Grid
+from regraft.core.evaluate.metric import Curve, Fan, Grid
 from regraft.core.evaluate.sample import Comparison, Estimate
 
 _OUTSIDE_NAMES = re.compile(r"[^A-Za-z0-9]+")
@@ -61,7 +61,7 @@ def document(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 
 def write_plots(folder: Path, outcomes: Sequence[Outcome]) -> list[Path]:
-    """A PNG for each curve and grid of the tasks, made in `folder`, which is made where it is not there.
+    """A PNG for each curve, grid and fan of the tasks, made in `folder`, which is made where it is not there.
 
     Raises:
         ResourceError: they cannot be written.
@@ -91,6 +91,10 @@ def _plots(outcome: Outcome) -> Mapping[str, bytes]:
         for whose, one in models.items():
             if name in one.grids:
                 plots[f"{name} {whose}"] = _map(f"{outcome.task.id}: {name}, {whose}", one.grids[name])
+    for name in outcome.measured.fans:
+        for whose, one in models.items():
+            if name in one.fans:
+                plots[f"{name} {whose}"] = _forecast(f"{outcome.task.id}: {name}, {whose}", one.fans[name])
     return plots
 
 
@@ -108,6 +112,12 @@ def _map(title: str, grid: Grid) -> bytes:
     return heat_map(
         grid.values, title=title, x=grid.x, y=grid.y, x_ticks=grid.x_ticks, y_ticks=grid.y_ticks, bounds=(0.0, 1.0)
     )
+
+
+def _forecast(title: str, fan: Fan) -> bytes:
+    from regraft.core.plots import fan_chart
+
+    return fan_chart(fan.history, fan.actual, fan.median, fan.bands, title=title, x="time", y="value", first=fan.first)
 
 
 def _finite(value: float) -> float:

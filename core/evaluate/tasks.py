@@ -41,13 +41,14 @@ def built_in_metrics() -> list[type[AnyMetric]]:
     """Our own metrics."""
     from regraft.core.evaluate.choices import Choices
     from regraft.core.evaluate.divergence import Divergence
+    from regraft.core.evaluate.forecast import Forecast
     from regraft.core.evaluate.harness import Harness
     from regraft.core.evaluate.passkey import Passkey
     from regraft.core.evaluate.perplexity import Perplexity
     from regraft.core.evaluate.preference import Preference
     from regraft.core.evaluate.variety import Variety
 
-    return [Perplexity, Choices, Passkey, Preference, Variety, Divergence, Harness]
+    return [Perplexity, Choices, Passkey, Preference, Variety, Divergence, Forecast, Harness]
 
 
 def read_tasks(texts: Sequence[str], extra: Mapping[str, type[AnyMetric]]) -> list[Task]:

@@ -126,6 +126,8 @@ def without_tensors(checkpoint: Checkpoint, aim: Aim, params: FourierHeadParams)
         "tie_word_embeddings": aim.tied,
         "vocab_size": aim.bins.vocab_size,
     }
+    if params.series is not None:
+        config["time_series"] = params.series.block
     if checkpoint.config.get("auto_map"):
         config["auto_map"] = {**checkpoint.config["auto_map"], **config["auto_map"]}
     stored = {"lm_head.weight", "embed_out.weight", aim.head} & set(checkpoint.specs)

@@ -13,7 +13,7 @@ import torch
 from regraft.core.checkpoint import Checkpoint, FileRef
 from regraft.core.data.batches import Batches, BatchSettings
 from regraft.core.data.examples import Example
-from regraft.core.data.load import load_data
+from regraft.core.data.load import Dataset, load_data
 from regraft.core.errors import InputError, UsageError
 from regraft.core.patch import Patch
 from regraft.core.training.loop import Records, train
@@ -30,7 +30,8 @@ from regraft.core.transformation import Run
 from regraft.plugins.fourier_head.adapters import Adapters, places
 from regraft.plugins.fourier_head.export import Aim
 from regraft.plugins.fourier_head.loss import FollowLoss, Learner, TokenLoss
-from regraft.plugins.fourier_head.params import FourierHeadParams, LearnSettings
+from regraft.plugins.fourier_head.params import FourierHeadParams, LearnSettings, SeriesSettings
+from regraft.plugins.fourier_head.series import series_data
 from regraft.plugins.fourier_head.values import grid_of
 
 
@@ -67,7 +68,8 @@ def fit(checkpoint: Checkpoint, staged: Checkpoint, patch: Patch, params: Fourie
                 stack.callback(adapters.merge)
                 stack.enter_context(adapters.attached())
                 trainable, names = trainable | adapters.trainable, names | set(adapters.parameters)
-            figures[stage], more = _stage(stage, staged, learner, learn, objective, trainable, tokenizer, run)
+            series = params.series if stage == "train" else None
+            figures[stage], more = _stage(stage, staged, learner, learn, objective, trainable, tokenizer, series, run)
         reports |= more
     learnt = trained_patch(staged, model, sorted(names))
     if any(learn is not None and learn.weights == "full" for learn in (params.calibrate, params.train)):
@@ -89,18 +91,21 @@ def _stage(
     objective: Objective,
     trainable: Mapping[str, Trainable],
     tokenizer: Any,
+    series: SeriesSettings | None,
     run: Run,
 ) -> tuple[dict[str, Any], dict[str, FileRef]]:
-    dataset = load_data(
-        learn.data, tokenizer, window=window_of(staged, learner.model), seed=run.seed_for(f"{stage} data")
-    )
+    seed = run.seed_for(f"{stage} data")
+    if series is not None:
+        dataset: Dataset = series_data(learner.model, learn, series, seed)
+    else:
+        dataset = load_data(learn.data, tokenizer, window=window_of(staged, learner.model), seed=seed)
     examples = [one for one in dataset.examples if isinstance(one, Example)]
     if len(examples) < len(dataset.examples):
         raise UsageError(
             "preference pairs are no texts to learn", where=f"{stage}.data: {', '.join(learn.data.sources)}",
             expected="texts, chats, or prompts with completions", remedy="give data of another kind",
         )  # fmt: skip
-    training, held_out = _split(stage, examples, learn, run)
+    training, held_out = _split(stage, examples, learn, run, whole=series is not None)
     settings = BatchSettings(
         batch_size=learn.batch_size, micro_batch=learn.micro_batch, epochs=learn.epochs, steps=learn.steps
     )
@@ -129,12 +134,16 @@ def _stage(
 
 
 def _split(
-    stage: str, examples: Sequence[Example], learn: LearnSettings, run: Run
+    stage: str, examples: Sequence[Example], learn: LearnSettings, run: Run, *, whole: bool
 ) -> tuple[list[Example], list[Example]]:
-    """Sequences to learn from, and those set aside."""
-    order = list(examples)
-    Random(run.seed_for(f"{stage} held-out")).shuffle(order)
-    kept = round(len(order) * learn.held_out)
+    """Sequences to learn from, and those set aside; `whole` keeps those from one place together, as windows overlap."""
+    groups: dict[object, list[Example]] = {}
+    for number, one in enumerate(examples):
+        groups.setdefault(one.place if whole else number, []).append(one)
+    drawn = list(groups.values())
+    Random(run.seed_for(f"{stage} held-out")).shuffle(drawn)
+    kept = sum(map(len, drawn[: round(len(drawn) * learn.held_out)]))
+    order = [one for group in drawn for one in group]
     if len(order) - kept < learn.batch_size:
         raise InputError(
             "there are fewer sequences than a batch takes", where=f"{stage}.data",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,12 @@ from regraft.plugins.fourier_head.segments.params import SegmentSettings
 
 Count = Annotated[int, Field(ge=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+
+SERIES_RANGE = (-5.0, 5.0)
+"""What the ends of bins of series are worth, after scaling."""
+
+_OF_SERIES = {"source", "columns", "max_rows", "max_bad_rows", "split", "subset"}
+"""What a table of data may say of series."""
 
 
 class LearnSettings(Params):
@@ -33,7 +39,8 @@ class LearnSettings(Params):
         precision: of products.
         regularizer: `upstream`, 4π² Σ k²|c_k|²; `normalized`, ∫ p'² = π² Σ k²|ĉ_k|²; of all bins' densities.
         regularizer_weight: its factor.
-        held_out: share of the sequences that measures the loss before and after, and is not trained on.
+        held_out: share of the sequences, or of the series, that measures the loss before and after, and is not trained
+            on.
         log, tensorboard: where each step is recorded, with times.
     """
 
@@ -63,6 +70,33 @@ class LearnSettings(Params):
         return self
 
 
+class SeriesSettings(Params):
+    """Time series whose values are bins, after scaling; the first four keys go with the checkpoint.
+
+    Args:
+        context: values that are read before a forecast.
+        horizon: values that a forecast has.
+        scaling: by the values of the context. `mean`: x / mean |x|. `standard`: (x - mean) / deviation.
+        period: values of a season, for series that do not say.
+        stride: values from the start of one window of the training to that of the next.
+        learn: `all` values of a window from those before, or those of the `horizon` alone.
+        reserve: the last values of every series, which the training does not see.
+    """
+
+    context: Annotated[int, Field(ge=2)]
+    horizon: Count
+    scaling: Literal["mean", "standard"] = "mean"
+    period: Count = 1
+    stride: Count = 1
+    learn: Literal["all", "horizon"] = "all"
+    reserve: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def block(self) -> dict[str, Any]:
+        """`time_series` of config.json."""
+        return self.model_dump(include={"context", "horizon", "scaling", "period"})
+
+
 class FourierHeadParams(Params):
     """Parameters of `fourier-head`."""
 
@@ -85,8 +119,9 @@ class FourierHeadParams(Params):
         None, description="Append so many tokens to the vocabulary, with rows, as bins."
     )
     range: tuple[Number, Number] | None = Field(
-        None, description="What the two ends of the appended bins are worth. Default: -1 and 1."
-    )
+        None, description="What the two ends of the bins are worth, of appended ones or of series. Default: -1 and 1; "
+        "of series -5 and 5, after scaling."
+    )  # fmt: skip
     num_frequencies: Count = Field(
         12, description="N, below the number of bins; about 3 / (π σ) for densities of width σ on [-1, 1]."
     )
@@ -123,6 +158,10 @@ class FourierHeadParams(Params):
         False, description="Give text rows of its own to a head that is tied. By default it goes on reading the "
         "embeddings."
     )  # fmt: skip
+    series: SeriesSettings | None = Field(
+        None, description="The bins are values of time series, and the data of `train` are series: "
+        "{ context = 96, horizon = 24 }."
+    )  # fmt: skip
     calibrate: LearnSettings | None = Field(
         None, description='A first training, of the head towards what the old head predicts: { data = "..." }.'
     )
@@ -136,6 +175,11 @@ class FourierHeadParams(Params):
         """Whether masses are integrals."""
         needed = self.margin > 0 or self.coordinate == "values"
         return needed if self.quadrature is None else self.quadrature == "exact"
+
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        """What the ends of bins of equal width are worth; None where the tokens say."""
+        return self.range if self.range is not None or self.series is None else SERIES_RANGE
 
     @model_validator(mode="after")
     def _segments_alone(self) -> Self:
@@ -153,8 +197,10 @@ class FourierHeadParams(Params):
             raise ValueError(f"the bins are named by one of tokens, ids, pattern, bins; found {found}")
         if self.mode == "replace" and given:
             raise ValueError(f"mode replace takes the whole vocabulary: remove {', '.join(given)}")
-        if self.range is not None and self.bins is None:
+        if self.range is not None and self.bins is None and self.series is None:
             raise ValueError("range belongs to appended bins: give `bins`, or `values` for tokens that exist")
+        if self.range is not None and self.coordinate == "values":
+            raise ValueError('with coordinate = "values" the values say what the ends are worth: remove range')
         if self.range is not None and not self.range[0] < self.range[1]:
             raise ValueError(f"range is ascending, not {list(self.range)}")
         if self.ids is not None and self.ids[0] >= self.ids[1]:
@@ -181,6 +227,12 @@ class FourierHeadParams(Params):
             raise ValueError("calibrate teaches the head alone: remove `weights` there")
         if self.calibrate is not None and self.bins is not None:
             raise ValueError("appended bins had no head before that calibrate could follow: remove it, or use train")
+        if self.series is not None and self.train is not None:
+            given = self.train.data.model_fields_set - _OF_SERIES
+            if given:
+                raise ValueError(
+                    f"series are cut into windows by `series`: remove {', '.join(sorted(given))} of the data"
+                )
         if self.train is not None and self.train.target != "labels":
             raise ValueError("train learns the tokens of the data; calibrate follows the old head")
         return self

@@ -20,6 +20,7 @@ from regraft.core.transformation import Run
 from regraft.plugins.fourier_head.adapters import places
 from regraft.plugins.fourier_head.export import Aim, without_tensors
 from regraft.plugins.fourier_head.params import FourierHeadParams, LearnSettings
+from regraft.plugins.fourier_head.series import check_window
 
 if TYPE_CHECKING:
     import torch
@@ -106,6 +107,8 @@ def check(checkpoint: Checkpoint, params: FourierHeadParams) -> None:
         if learn is not None:
             refuse_quantised(checkpoint)
             check_sources(learn.data)
+    if params.series is not None:
+        check_window(checkpoint, params.series)
 
 
 def head_specs(checkpoint: Checkpoint, aim: Aim, params: FourierHeadParams) -> dict[str, TensorSpec]:
@@ -145,7 +148,10 @@ def outline(checkpoint: Checkpoint, params: FourierHeadParams) -> Outline:
             specs = {key: spec for key, spec in learnable(checkpoint).items() if key in kept} | specs
         elif learn.weights == "lora":
             specs = {key: checkpoint.specs[key] for key in places(aim.architecture)} | specs
-        tokens = (learn.micro_batch or learn.batch_size) * (learn.data.max_tokens or TOKENS)
+        size = learn.data.max_tokens or TOKENS
+        if params.series is not None and name == "train":
+            size = params.series.context + params.series.horizon
+        tokens = (learn.micro_batch or learn.batch_size) * size
         own = specs if learn.weights == "full" else {key: spec for key, spec in specs.items() if key in _learnt(specs)}
         trained = sum(math.prod(spec.shape) for spec in own.values())
         if learn.weights == "lora":

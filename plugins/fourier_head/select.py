@@ -69,7 +69,7 @@ def select(checkpoint: Checkpoint, params: FourierHeadParams, rows: int) -> Bins
         named = tuple(texts.get(index, "") for index in ids)
         _refuse_special(checkpoint, params, ids)
         edges = _edges(params, named)
-        ends = (-0.5, len(ids) - 0.5) if edges is None else (edges[0], edges[-1])
+        ends = params.ends or (-0.5, len(ids) - 0.5) if edges is None else (edges[0], edges[-1])
         found = Bins(ids[0], len(ids), rows, named, edges, ends)
     if params.num_frequencies >= found.count:
         raise UsageError(
@@ -224,7 +224,7 @@ def _appended(checkpoint: Checkpoint, params: FourierHeadParams, tokens: Mapping
         raise UsageError("the vocabulary has such a token already", where="bins", found=taken[0],
                          remedy="name the tokens that are there with `tokens` or `ids`")  # fmt: skip
     start = max(tokens.values()) + 1
-    return Bins(start, params.bins, max(rows, start + params.bins), names, None, params.range or (-1.0, 1.0), True)
+    return Bins(start, params.bins, max(rows, start + params.bins), names, None, params.ends or (-1.0, 1.0), True)
 
 
 def bin_name(number: int) -> str:

@@ -93,6 +93,18 @@ def test_a_copied_recipe_does_what_the_shipped_one_does(tmp_path, monkeypatch, o
     assert shipped_path("yarn").is_file()
 
 
+def test_the_forecaster_beats_the_seasonal_naive_forecast_on_what_it_was_not_shown(outputs):
+    """The recipe reserves the last year of every series; its checkpoint says by itself what to forecast."""
+    series = Path(__file__).parents[2] / "recipes" / "time-series.jsonl"
+    task = f"forecast:{series} samples=50"
+    found = done("eval", outputs["time-series"], "--trust-remote-code", "--task", task, "--json").json["tasks"][0]
+    value = {name: figure["value"] for name, figure in found["figures"].items()}
+    assert found["measured"]["horizon"] == 12
+    assert value["crps"] < 0.8 * value["naive_crps"]
+    assert value["mase"] < 0.8 * value["naive_mase"]
+    assert value["coverage_95"] > 0.85
+
+
 def test_the_dial_is_learnt_as_a_density(outputs):
     """The loss of held-out digits comes near that of the noise, 1.6 nats; what is likely lies near the setting."""
     import torch
