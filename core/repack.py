@@ -253,7 +253,11 @@ def _settings(
 
 def _note(form: str, untouched: int, again: int, base: Checkpoint) -> str:
     shown = sorted({NAME_OF_CODE[t.spec.dtype] for t in base.tensors.values() if stored_weight(t) is not None})
-    changed = f", {again} changed ones are quantised again in the same form" if again else ""
+    changed = (
+        f", {again} changed ones are quantised again in the same form (refused if too little of the change arrives)"
+        if again
+        else ""
+    )
     return (
         f"the base is quantised ({form}), and so is the output: {untouched} weights are copied as they are{changed}; "
         f'quantize = "none" writes {" and ".join(shown)} instead'

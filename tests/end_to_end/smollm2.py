@@ -127,11 +127,46 @@ def run(root: Path, *, short: bool) -> None:
     assert changed["tensors"] == [], changed["tensors"]
     assert set(changed["json"]) == {"config.json"}, changed
     print("diff: the two exports differ in config.json alone")
+    check_quantised(root, gguf)
     if not short:
         check_conversion(root, gguf)
     python = environment_without_regraft(root / "plain")
     command = [python, "-I", Path(__file__).with_name("reload.py"), root / "native", root / "abf-only", str(WINDOW)]
     print(shell(*command, *(["short"] if short else [])).strip())
+
+
+def check_quantised(root: Path, gguf: Path) -> None:
+    """The GGUF stored in nf4, and adapters merged into that: a weak one is refused, a strong one loads and runs."""
+    base, recipe = root / "nf4", root / "nf4.toml"
+    recipe.write_text(f'[base]\nmodel = "{gguf}"\n[output]\nquantize = "nf4"\n')
+    regraft("apply", recipe, "-o", base)
+    merge = root / "nf4-merge.toml"
+    merge.write_text(f'''
+[base]
+model = "{base}"
+[[steps]]
+use = "lora-merge"
+adapter = "adapter"
+''')
+    assert "60 changed ones are quantised again" in regraft("plan", merge)
+    command = [sys.executable, "-m", "regraft", "apply", merge, "-o", root / "weak"]
+    refused = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert refused.returncode == 1, refused
+    assert "loses the change of" in refused.stderr, refused.stderr
+    assert not (root / "weak").exists()
+    regraft("apply", merge, "-o", root / "weak", "--set", "output.minimum_cosine=-1")
+    regraft("apply", merge, "-o", root / "strong", "--set", "lora-merge.scale=60", "--set", "output.verify=forward")
+    before, weak, strong = (
+        json.loads((folder / "regraft.lock.json").read_text())["output"]
+        for folder in (base, root / "weak", root / "strong")
+    )
+    for name, tensor in before["tensors"].items():
+        adapted = "q_proj" in name or "v_proj" in name
+        assert adapted or strong["tensors"][name]["digest"] == tensor["digest"], name
+    cosines = [each["quantised"]["realised_cosine"] for each in (weak, strong)]
+    assert cosines[0] < 0.5, cosines
+    assert cosines[1] > 0.9, cosines
+    print(f"nf4: realised cosine {cosines[0]:.3f} refused, {cosines[1]:.3f} written; all other tensors byte for byte")
 
 
 def check_conversion(root: Path, gguf: Path) -> None:
