@@ -21,9 +21,10 @@ from regraft.core.sources.open import open_checkpoint
 from regraft.core.specs import TensorSpec
 from regraft.core.tensors import MemoryTensor
 from tests.adapters import write_adapter
+from tests.core.gguf.writing import write_model
 from tests.core.sources.test_bitsandbytes import KINDS, quantise
 from tests.core.test_quantize import Opaque
-from tests.families import save_tiny
+from tests.families import save_tiny, tiny
 from tests.materialise import materialise
 from tests.running import ABF, done, regraft, write_recipe
 
@@ -359,9 +360,12 @@ def test_apply_refuses_a_lost_delta_and_each_remedy_helps(folders, adapter, tmp_
     assert "loses the change" in nf4.err, "the form that the base has, asked for by name, is held to the same rule"
 
 
-def test_quantised_output_comes_after_any_step(folders, adapter, tmp_path):
-    """A float base, two steps, nf4: what quantising the two steps' own output gives."""
+@pytest.mark.parametrize("source", ["safetensors", "gguf"])
+def test_quantised_output_comes_after_any_step(folders, adapter, source, tmp_path):
+    """An unquantised base or a GGUF file, two steps, nf4: what quantising the two steps' own output gives."""
     base = folders("llama", "nf4").parent / "llama"
+    if source == "gguf":
+        base = write_model(tmp_path / "base.gguf", tiny("llama", **WHOLE_BLOCKS["llama"]), "Q8_0")
     steps = (ABF, {"use": "lora-merge", "adapter": str(adapter)})
     done("apply", write_recipe(tmp_path / "a.toml", base, *steps, path=str(tmp_path / "floats")))
     done("apply", write_recipe(tmp_path / "b.toml", tmp_path / "floats", path=str(tmp_path / "two"), quantize="nf4"))
