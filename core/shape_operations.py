@@ -55,7 +55,7 @@ Spans = tuple[Span, ...]
 
 @dataclass(frozen=True)
 class Resize(Operation):
-    """Each named axis of the output is the concatenation of spans of the input's; other axes stay.
+    """Each named axis of the output is the concatenation of spans of the input's; other axes stay. No axis: a copy.
 
     Scales act on `in + offset`: `out = scale · (in + offset) - offset`, in fp32 (float64 for a float64 input). The two
     halves of an element w are `b = round(w (1/2 + noise |u|))` in the input's dtype and `w - b`, which is exact

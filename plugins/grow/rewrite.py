@@ -9,9 +9,8 @@ from typing import Any
 
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.errors import InputError, Unsupported
-from regraft.core.operations import Convert
 from regraft.core.patch import Edit, Patch
-from regraft.core.shape_operations import Constant
+from regraft.core.shape_operations import Constant, Resize
 from regraft.core.specs import FLOAT_CODES, TensorSpec
 from regraft.plugins.grow.config import config_change
 from regraft.plugins.grow.params import GrowParams
@@ -86,7 +85,7 @@ def _new_edits(checkpoint: Checkpoint, tensors: Tensors, name: str, target: str)
     if tensors.stored[name].silent:
         yield target, Edit(spec, Constant(spec.shape))
     else:
-        yield target, edit or Edit(spec, Convert(name))
+        yield target, edit or Edit(spec, Resize(name, {}))
 
 
 def _stem(growth: Growth) -> str:

@@ -11,11 +11,13 @@ from regraft.core.architectures import architecture_of
 from regraft.core.patch import Outline, overlay
 from regraft.core.patch_folder import load_patch, save_patch
 from regraft.core.sources.folder import open_folder
+from regraft.core.sources.open import open_checkpoint
 from regraft.plugins.grow import Grow
 from regraft.plugins.grow.params import GrowParams
-from tests.checkpoints import bits
+from tests.checkpoints import bits, read_all, same_bits
 from tests.families import FAMILIES, save_tiny
 from tests.materialise import materialise
+from tests.running import done, write_recipe
 
 IDS = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(5))
 LAYER_NORM = ("gpt2", "gpt_neox", "falcon", "cohere2")
@@ -249,3 +251,20 @@ def test_a_saved_patch_holds_formulas_and_gives_the_same_bits(base, tmp_path):
     assert Outline.of(again) == Outline.of(patch)
     restored = overlay(checkpoint, again, by="grow")
     assert all(bits(restored.load(name)) == bits(above.load(name)) for name in above.tensors)
+
+
+def test_a_quantised_base_grows_and_stays_quantised(tiny_folder, tmp_path):
+    """As planned; a new layer has the codes of the one that it copies, and zeros where it is silent."""
+    nf4, out = tmp_path / "nf4", tmp_path / "out"
+    done("apply", write_recipe(tmp_path / "nf4.toml", tiny_folder(), path=str(nf4), quantize="nf4"))
+    done("apply", write_recipe(tmp_path / "grow.toml", nf4, {"use": "grow", "layers": 3}, path=str(out)))
+    tensors, old = read_all(out), open_folder(nf4, label="nf4")
+    new = open_checkpoint(out)
+    assert tensors["model.layers.2.mlp.up_proj.weight"].dtype == torch.uint8
+    for name, tensor in open_checkpoint(nf4).tensors.items():
+        copy = name.replace("layers.0", "layers.2")
+        if "o_proj" in name or "down_proj" in name:
+            assert copy == name or not new.load(copy).any()
+        else:
+            assert bits(new.load(copy)) == bits(tensor.load())
+    assert same_bits({name: tensors[name] for name in old.tensors}, read_all(nf4))
