@@ -4,22 +4,23 @@ Ma et al., Visual Perception by Large Language Model's Weights (VLoRA, NeurIPS 2
 reference repository FeipengMa6/VLoRA. A generator turns the features of an image into low-rank deltas of queries, keys,
 values and attention outputs, and into a path beside the MLP; no visual token enters the sequence.
 
-Deviations. The authors add the deltas while the model runs, and can change the image from prompt to prompt; `vlora`
-merges those of one image into the weights. Their generator is square: here inputs and outputs of each projection have
-their own widths, so that grouped key-value heads and any head size fit. Their path beside the MLP needs their own
-class: here it is more hidden units of the MLP, in classes that have biases there. Images are looked at one by one.
+Deviations. The authors add the deltas while the model runs, and can change the image from prompt to prompt; so does
+`output = "attached"`, while `merged` puts those of one image into the weights. Their generator is square: here inputs
+and outputs of each projection have their own widths, so that grouped key-value heads and any head size fit. Their path
+beside the MLP needs their own class: merged, it is more hidden units of the MLP, in classes that have biases there.
+Images are looked at one by one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from regraft.core.architectures import Family
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.hookspecs import hookimpl
 from regraft.core.patch import Outline, Patch
 from regraft.core.transformation import AnyTransformation, Run, Transformation
 from regraft.plugins.vlora.params import VloraParams
-from regraft.plugins.vlora.train import VloraTrain
 from regraft.plugins.vlora.train import VloraTrain
 
 regraft_api = ">=1,<2"
@@ -31,6 +32,7 @@ class Vlora(Transformation[VloraParams]):
     name = "vlora"
     summary = "Bake what an image shows into the weights, as low-rank deltas made by a trained generator."
     paper = "Ma et al. 2024, VLoRA, NeurIPS, arXiv 2405.20339"
+    loads_with = 'stock transformers; output = "attached": transformers with trust_remote_code=True'
     Params = VloraParams
 
     def plan(self, checkpoint: Checkpoint, params: VloraParams) -> Outline:
@@ -61,3 +63,11 @@ class Vlora(Transformation[VloraParams]):
 def regraft_transformations() -> Sequence[type[AnyTransformation]]:
     """The transformations of this plugin."""
     return [Vlora, VloraTrain]
+
+
+@hookimpl
+def regraft_architectures() -> Sequence[Family]:
+    """Where models with a generator attached keep their tensors."""
+    from regraft.plugins.vlora.attach import families
+
+    return families()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -47,8 +47,21 @@ class VloraParams(Params):
         1.0, allow_inf_nan=False, description="Multiplies every delta, beside the generator's own alpha / rank."
     )
 
+    output: Literal["merged", "attached"] = Field(
+        "merged",
+        description='merged: the image\'s deltas go into the weights; with [output] format = "adapter" beside them. '
+        "attached: no image; the generator goes into the checkpoint, with code that sees `image_features` at run time.",
+    )
+
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
+        if self.output == "attached":
+            own = ("generator", "types", "scale", "output")
+            if stray := [name for name in type(self).model_fields if name in self.model_fields_set - set(own)]:
+                raise ValueError(
+                    f'{stray[0]} is for output = "merged": attached sees its images at run time: remove it'
+                )
+            return self
         given = [name for name in ("image", "images", "features") if getattr(self, name) is not None]
         if len(given) != 1:
             found = " and ".join(given) or "none of them"

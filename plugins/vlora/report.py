@@ -96,9 +96,9 @@ def warnings(found: Sequence[Delta]) -> list[str]:
 
 def metrics(aim: Aim, found: Sequence[Delta]) -> dict[str, Any]:
     """For the lock file."""
-    tower = aim.sight.tower
+    sight = aim.sight
     facts = {
-        "images": list(aim.sight.names),
+        "images": [] if sight is None else list(sight.names),
         "generator": aim.label,
         "parameters": aim.settings.num_parameters,
         "rank": aim.settings.rank,
@@ -107,8 +107,8 @@ def metrics(aim: Aim, found: Sequence[Delta]) -> dict[str, Any]:
         "scale": aim.scale,
         "tensors": len(found),
     }
-    if tower is not None:
-        facts["vision"] = {"digest": tower.checkpoint.digest, "select_layer": tower.select_layer}
+    if sight is not None and sight.tower is not None:
+        facts["vision"] = {"digest": sight.tower.checkpoint.digest, "select_layer": sight.tower.select_layer}
     if found:
         facts["lost"] = _rounded(max(one.lost for one in found))
     return facts

@@ -15,6 +15,7 @@ from regraft.core.patch import Edit, Outline, Patch
 from regraft.core.specs import TensorSpec
 from regraft.core.tensors import LazyTensor, MemoryTensor, PromisedTensor
 from regraft.core.transformation import Run
+from regraft.plugins.vlora.attach import attached
 from regraft.plugins.vlora.features import Sight, sight_of
 from regraft.plugins.vlora.folder import GeneratorFolder, open_generator
 from regraft.plugins.vlora.params import VloraParams
@@ -46,7 +47,7 @@ class Aim:
         label: of the generator, for messages and records.
         types: which deltas are applied.
         places: tensors that get low-rank deltas.
-        sight: the images.
+        sight: the images; None where the generator is attached, to look at run time.
         scale: of every delta.
         own: whether the generator stands in the checkpoint itself.
     """
@@ -56,7 +57,7 @@ class Aim:
     label: str
     types: str
     places: tuple[Place, ...]
-    sight: Sight
+    sight: Sight | None
     scale: float
     own: bool
 
@@ -77,15 +78,17 @@ class Aim:
         if not set(types) <= set(settings.types):
             raise UsageError("the generator has no such type", where="types", expected=f"some of {settings.types}",
                              found=types, remedy="leave the others out")  # fmt: skip
-        if "m" in types:
+        if "m" in types and params.output == "merged":
             check_widening(architecture)
         places = tuple(places_of(checkpoint, architecture, settings, types))
-        sight = sight_of(params, settings)
+        sight = sight_of(params, settings) if params.output == "merged" else None
         return cls(architecture, settings, label, types, places, sight, settings.scale * params.scale, own)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences for the user and the model card."""
+        if self.sight is None:
+            return self._attached_notes
         names, layers = self.sight.names, self.settings.active_layers
         what = names[0] if len(names) == 1 else f"{len(names)} images ({', '.join(names)})"
         made = (
@@ -101,10 +104,26 @@ class Aim:
             found.append(f"every MLP is {self.settings.rank} units wider, for type m; and has biases")
         return tuple(found)
 
+    @property
+    def _attached_notes(self) -> tuple[str, ...]:
+        settings = self.settings
+        made = (
+            f"a generator of {settings.num_parameters} parameters, which makes deltas of rank {settings.rank} (types "
+            f"{self.types}) of {len(settings.active_layers)} of {settings.num_layers} layers"
+        )
+        shape = [settings.pos_num, settings.visual_dim]
+        seen = (
+            f"where the model or its generate() gets image_features [batch, {shape[0]}, {shape[1]}], it sees the "
+            "image; without them it is the base"
+        )
+        return made, seen
+
 
 def outline(checkpoint: Checkpoint, params: VloraParams) -> Outline:
     """What the step changes, exactly. Raises as `Aim.of`."""
     aim = Aim.of(checkpoint, params)
+    if aim.sight is None:
+        return replace(Outline.of(_attached(checkpoint, aim, params, planned=True)), notes=aim.notes)
     shape = Outline.of(_patch(checkpoint, aim, None))
     factors = sum(place.total_rank * sum(place.spec.shape) for place in aim.places)
     size = _FP32 * (aim.settings.num_parameters + factors) + aim.sight.workspace_bytes
@@ -120,7 +139,10 @@ def apply(checkpoint: Checkpoint, params: VloraParams, run: Run) -> Patch:
     from regraft.plugins.vlora.report import deltas, metrics, reports, warnings
 
     aim = Aim.of(checkpoint, params)
-    pairs = _pairs(_folder(checkpoint, params), aim, run)
+    if aim.sight is None:
+        patch = _attached(checkpoint, aim, params, planned=False)
+        return replace(patch, notes=aim.notes, metrics=metrics(aim, []))
+    pairs = _pairs(_folder(checkpoint, params), aim, aim.sight, run)
     patch = _patch(checkpoint, aim, pairs)
     found = deltas(checkpoint, aim.places, patch.edits)
     return replace(patch, notes=(*aim.notes, *warnings(found)), metrics=metrics(aim, found), reports=reports(found))
@@ -145,15 +167,15 @@ def _folder(checkpoint: Checkpoint, params: VloraParams) -> GeneratorFolder:
     return folder
 
 
-def _pairs(folder: GeneratorFolder, aim: Aim, run: Run) -> Pairs:
+def _pairs(folder: GeneratorFolder, aim: Aim, sight: Sight, run: Run) -> Pairs:
     """A [d_in, r] and B [d_out, r] by type and layer, fp32 on the CPU; A is the sum over the images."""
     import torch
 
     from regraft.core.training.model import memory
 
-    run.tell(f"looking at {', '.join(aim.sight.names)}")
+    run.tell(f"looking at {', '.join(sight.names)}")
     with memory("turning the image into weights"), torch.inference_mode():
-        features = aim.sight.look(run.device)
+        features = sight.look(run.device)
         made = folder.load(run.device)(features)
         # deltas are linear in A and share B, so those of several images are one of the same rank
         pairs = {key: (A.sum(0).cpu().clone(), B.cpu().clone()) for key, (A, B) in made.items() if key[0] in aim.types}
@@ -176,8 +198,24 @@ def _patch(checkpoint: Checkpoint, aim: Aim, pairs: Pairs | None) -> Patch:
         wide = widened(checkpoint, aim.architecture, aim.settings.rank, beside, aim.scale)
         edits |= wide.edits
         config = dict(wide.config)
-    dropped = dict.fromkeys((OWN_CONFIG, OWN_WEIGHTS), "the generator has done its work") if aim.own else {}
-    return Patch(edits=edits, json={CONFIG: config} if config else {}, dropped=dropped)
+    return Patch(edits=edits, json={CONFIG: config} if config else {}, dropped=_dropped(aim))
+
+
+def _attached(checkpoint: Checkpoint, aim: Aim, params: VloraParams, *, planned: bool) -> Patch:
+    """The generator in the checkpoint; planned, its values may not be there yet."""
+    tensors: Mapping[str, LazyTensor]
+    if planned and aim.own:
+        tensors = {
+            name: PromisedTensor(TensorSpec(name, "F32", shape)) for name, shape in aim.settings.shapes().items()
+        }
+    else:
+        tensors = _folder(checkpoint, params).tensors
+    patch = attached(checkpoint, aim.architecture, aim.settings, aim.types, tensors, aim.scale)
+    return replace(patch, dropped=_dropped(aim))
+
+
+def _dropped(aim: Aim) -> dict[str, str]:
+    return dict.fromkeys((OWN_CONFIG, OWN_WEIGHTS), "the generator has done its work") if aim.own else {}
 
 
 def _delta(place: Place, pairs: Pairs | None, scale: float) -> LowRankDelta:

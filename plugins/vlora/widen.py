@@ -208,6 +208,8 @@ def _stored(checkpoint: Checkpoint, slot: Slot) -> LazyTensor:
 def _refusal(architecture: Architecture, reason: str) -> Unsupported:
     return Unsupported(
         f"type m is a path beside the MLP, which this model cannot express: {reason}",
-        where=f"config.json: model_type {architecture.model_type}", expected="a model such as llama, granite, smollm3",
-        remedy='leave m out, with types = "qkvo" (the delta is then not all that the generator was trained for)',
-    )  # fmt: skip
+        where=f"config.json: model_type {architecture.model_type}",
+        expected="a model such as llama, granite, smollm3",
+        remedy='leave m out, with types = "qkvo" (the delta is then not all that the generator was trained for), or '
+        'keep the generator in the checkpoint, with output = "attached"',
+    )
