@@ -2,6 +2,8 @@
 
 import json
 import math
+import tomllib
+from pathlib import Path
 
 import numpy
 import pytest
@@ -180,6 +182,17 @@ def test_training_learns_a_wave_and_the_checkpoint_says_how_to_forecast(tmp_path
 def test_parameters_that_do_not_fit(values, fault):
     with pytest.raises(ValidationError, match=fault):
         params(**values)
+
+
+def test_the_recipe_of_the_guide_is_valid():
+    page = (Path(__file__).parents[3] / "docs" / "guide" / "time-series.md").read_text()
+    (step,) = tomllib.loads(page.partition("```toml\n")[2].partition("```")[0])["steps"]
+    given = params(**{key: value for key, value in step.items() if key != "use"})
+    assert given.series is not None
+    fields = SeriesSettings.model_fields
+    written = {key: line.split("|")[2].strip() for line in page.splitlines() for key in fields
+               if line.startswith(f"| `{key}` |")}  # fmt: skip
+    assert written == {key: str(fields[key].default) for key in ("scaling", "period", "stride", "learn", "reserve")}
 
 
 def test_windows_that_the_model_has_no_positions_for(tmp_path):
