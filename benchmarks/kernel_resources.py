@@ -22,7 +22,7 @@ from typing import Any
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 MODULES = (
-    "regraft.kernels.low_rank_update_triton",
+    "regraft.kernels.lora_merge_triton",
     "regraft.kernels.linear_cross_entropy_triton",
     "regraft.kernels.fourier_nll_triton",
     "regraft.kernels.fourier_logits_triton",

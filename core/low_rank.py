@@ -27,12 +27,15 @@ class LowRankDelta(Operation):
         left: [rows, rank], any float dtype.
         right: [rank, cols], any float dtype.
         scale: s.
+        seed: rounds to bf16 and fp16 stochastically, by noise that depends on the seed, the row and the column alone;
+            None rounds to nearest.
     """
 
     input: str
     left: LazyTensor
     right: LazyTensor
     scale: float = 1.0
+    seed: int | None = None
     kind: ClassVar[str] = "low-rank-delta"
 
     @property
@@ -47,24 +50,27 @@ class LowRankDelta(Operation):
 
     @property
     def parameters(self) -> Mapping[str, Any]:
-        """The scale."""
-        return {"scale": self.scale}
+        """The scale; the seed, if there is one."""
+        return {"scale": self.scale} | ({} if self.seed is None else {"seed": self.seed})
 
     def prepare(self, device: str) -> RowFunction:
         """Load the factors in fp32."""
-        from regraft.kernels.low_rank_update import low_rank_update
+        from regraft.kernels.lora_merge import lora_merge
 
         left, right = self.left.load(device).float(), self.right.load(device).float()
         if not (left.any() and right.any()):
             return lambda start, stop, rows: rows  # to the bit: a sum with zero would turn -0 into 0
-        return lambda start, stop, rows: low_rank_update(rows, left[start:stop], right, self.scale)
+        return lambda start, stop, rows: lora_merge(
+            rows, left[start:stop], right, self.scale, seed=self.seed, first_row=start
+        )
 
     @classmethod
     def restore(
         cls, inputs: tuple[str, ...], parameters: Mapping[str, Any], operands: Mapping[str, LazyTensor]
     ) -> LowRankDelta:
         """From a saved patch."""
-        return cls(inputs[0], operands["left"], operands["right"], float(parameters["scale"]))
+        seed = parameters.get("seed")
+        return cls(inputs[0], operands["left"], operands["right"], float(parameters["scale"]), seed)
 
 
 class Transposed(LazyTensor):
@@ -91,7 +97,9 @@ class Transposed(LazyTensor):
         return lambda start, stop: turned[start:stop]
 
 
-def realised(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> float:
+def realised(
+    weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float, *, seed: int | None = None
+) -> float:
     """How much of a low-rank delta rounding loses: `‖round(W + dW) - W - dW‖ / ‖dW‖` with dW = s·(L @ R).
 
     0 means that the weight takes the delta exactly, 1 that about nothing of it arrives: entries below half a unit in
@@ -102,18 +110,20 @@ def realised(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scal
         left: [rows, rank].
         right: [rank, cols].
         scale: s.
+        seed: as `LowRankDelta`.
 
     Returns:
         The ratio; 0.0 for a delta that is zero.
     """
-    from regraft.kernels.low_rank_update import BLOCK_ELEMENTS, low_rank_update
+    from regraft.kernels.lora_merge import BLOCK_ELEMENTS, lora_merge
 
     step = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
     lost = wanted = 0.0
     for start in range(0, len(weight), step):
         rows, factor = weight[start : start + step], left[start : start + step]
         delta = (factor.double() @ right.double()) * scale
-        error = low_rank_update(rows, factor, right, scale).double() - rows.double() - delta
+        merged = lora_merge(rows, factor, right, scale, seed=seed, first_row=start)
+        error = merged.double() - rows.double() - delta
         lost += float(error.square().sum())
         wanted += float(delta.square().sum())
     return (lost / wanted) ** 0.5 if wanted else 0.0

@@ -66,7 +66,12 @@ class Patch:
 
 @dataclass(frozen=True)
 class DeltaSpec:
-    """A low-rank delta without values: dtypes and shapes of the factors, [rows, rank] and [rank, cols], and scale."""
+    """A low-rank delta, rounded to nearest, without its values.
+
+    Args:
+        left, right: dtypes and shapes of the factors, [rows, rank] and [rank, cols].
+        scale: s.
+    """
 
     left: tuple[str, tuple[int, ...]]
     right: tuple[str, tuple[int, ...]]
@@ -76,7 +81,7 @@ class DeltaSpec:
     def of(cls, name: str, edit: Edit) -> DeltaSpec | None:
         """That of an edit of `name`, if the edit is nothing else."""
         delta = edit.operation
-        if not isinstance(delta, LowRankDelta) or delta.input != name:
+        if not isinstance(delta, LowRankDelta) or delta.input != name or delta.seed is not None:
             return None
         left, right = delta.left.spec, delta.right.spec
         return cls((left.dtype, left.shape), (right.dtype, right.shape), delta.scale)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from regraft.kernels.fourier_nll import TINY, Sums
-from regraft.kernels.low_rank_update_triton import round_to_nearest
+from regraft.kernels.rounding_triton import round_to_nearest
 
 ROWS, FREQUENCIES = 8, 128
 """Rows of a program, and frequencies of a tile."""

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from regraft.kernels.linear_cross_entropy_chunked import Gradients, Problem, Softmax, Wanted
-from regraft.kernels.low_rank_update_triton import round_to_nearest
+from regraft.kernels.rounding_triton import round_to_nearest
 
 SPAN = 2048
 """Columns of the vocabulary for one program of the forward pass; a multiple of every tile's width."""

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from regraft.kernels.four_bit import block_scales, decode, encode, pair_table
-from regraft.kernels.low_rank_update import BLOCK_ELEMENTS, low_rank_update
+from regraft.kernels.lora_merge import BLOCK_ELEMENTS, lora_merge
 
 Implementation = Literal["auto", "torch", "triton"]
 
@@ -161,4 +161,4 @@ def _totals(
         begin, end = start * columns, stop * columns
         at, blocks = slice(begin // 2, -(-end // 2)), slice(begin // block_size, -(-end // block_size))
         weight = decode(codes[at], scales[blocks], pairs, block_size, end - begin).view(-1, columns)
-        yield at, blocks, low_rank_update(weight, left[start:stop].float(), right, scale).view(-1)
+        yield at, blocks, lora_merge(weight, left[start:stop].float(), right, scale).view(-1)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from regraft.kernels.low_rank_update_triton import round_to_nearest
+from regraft.kernels.rounding_triton import round_to_nearest
 
 ROWS = 16
 

@@ -29,9 +29,9 @@ def wide_sum(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scal
     """
     import torch
 
-    from regraft.kernels.low_rank_update import low_rank_update
+    from regraft.kernels.lora_merge import lora_merge
 
-    return low_rank_update(weight.to(torch.promote_types(weight.dtype, torch.float32)), left, right, scale)
+    return lora_merge(weight.to(torch.promote_types(weight.dtype, torch.float32)), left, right, scale)
 
 
 def with_magnitude(total: torch.Tensor, magnitude: torch.Tensor, *, by_column: bool) -> torch.Tensor:

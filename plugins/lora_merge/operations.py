@@ -129,14 +129,14 @@ class StackedDelta(Operation):
         """Load the factors in fp32."""
         import torch
 
-        from regraft.kernels.low_rank_update import low_rank_update
+        from regraft.kernels.lora_merge import lora_merge
 
         left, right = self.left.load(device).float(), self.right.load(device).float()
         rank = right.shape[0] // self.experts
 
         def update(start: int, stop: int, rows: torch.Tensor) -> torch.Tensor:
             parts = [
-                low_rank_update(
+                lora_merge(
                     rows[expert - start],
                     left[:, expert :: self.experts].contiguous(),
                     right[expert * rank : (expert + 1) * rank],

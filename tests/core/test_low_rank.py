@@ -7,7 +7,7 @@ from regraft.core.operations import ComputedTensor
 from regraft.core.patch import Edit, Patch, overlay
 from regraft.core.patch_folder import load_patch, save_patch
 from regraft.core.tensors import MemoryTensor, row_chunks
-from regraft.kernels.low_rank_update import reference
+from regraft.kernels.lora_merge import reference
 
 
 def computed(dtype=torch.bfloat16, rows=48, cols=80, rank=4, scale=0.6):

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from regraft.core.checkpoint import Checkpoint, FileRef
 from regraft.core.errors import InputError
 from regraft.core.tensors import MemoryTensor
-from regraft.kernels.low_rank_update import reference
+from regraft.kernels.lora_merge import reference
 from tests.plugins.lora_merge.adapters import merged_by_us
 
 
