@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
 from random import Random
@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 from regraft.core.checkpoint import FileRef
 from regraft.core.data.load import files_of, read_rows
 from regraft.core.data.rows import BadRows, Place, Row
+from regraft.core.data.series import read_series as read_values
 from regraft.core.data.settings import DataSettings
 from regraft.core.errors import InputError
 from regraft.plugins.fourier_head.segments.params import SegmentSettings
 
 if TYPE_CHECKING:
     import torch
-
-_FORM = '{"series": [1.5, 2, ...]}'
 
 
 @dataclass(frozen=True)
@@ -47,31 +46,15 @@ def read_series(settings: SegmentSettings) -> tuple[list[Series], dict[str, str]
         InputError: a row is no series, has what is no finite number, or no date where stamps are asked for.
         UsageError: there is no such file, or no reader for it.
     """
-    found = list[Series]()
-    for source in settings.sources:
-        rows = read_rows(source, DataSettings(source=source), BadRows())
-        found += [_series(row, stamps=settings.stamps) for row in rows]
+    data = DataSettings(source=settings.data)
+    read, _ = read_values(data, least=2, why="to learn one from the other")
+    found = [Series(one.values, one.place) for one in read]
+    if settings.stamps:
+        rows = (row for source in settings.sources for row in read_rows(source, data, BadRows()))
+        times = map(_times, rows)
+        found = [replace(one, start=start, step=step) for one, (start, step) in zip(found, times, strict=True)]
     paths = [path for source in settings.sources for path in files_of(source)]
     return found, {path.name: FileRef(path=path).sha256() for path in paths}
-
-
-def _series(row: Row, *, stamps: bool) -> Series:
-    values = row.values.get("series")
-    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
-        raise InputError(
-            "the row has no list of numbers named series", where=row.place, expected=_FORM,
-            found=", ".join(map(str, row.values)) or "an empty row", remedy="give one series in each row",
-        )  # fmt: skip
-    for number, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise InputError(
-                "a series has what is no finite number", where=f"{row.place}: series[{number}]",
-                expected="a number", found=repr(value), remedy="leave the gap out, or fill it",
-            )  # fmt: skip
-    numbers = array("d", values)
-    if not stamps:
-        return Series(numbers, row.place)
-    return Series(numbers, row.place, *_times(row))
 
 
 def _times(row: Row) -> tuple[datetime, float]:

@@ -176,12 +176,12 @@ def test_stamps_are_mixed_in(tmp_path):
 
 GOOD = {"series": [float(number % 5) for number in range(100)]}
 BAD = {
-    "no series": ([{"values": [1]}], {}, InputError, "no list of numbers named series"),
-    "a text": ([{"series": "1 2 3"}], {}, InputError, "no list of numbers named series"),
-    "not a number": ([GOOD, {"series": [1, "x"]}], {}, InputError, r":2: series\[1\]"),
-    "nan": ([{"series": [1, float("nan")]}], {}, InputError, "no finite number"),
-    "null": ([{"series": [1, None]}], {}, InputError, "no finite number"),
-    "short": ([{"series": [1.0] * 39}], {}, InputError, "fewer windows than a batch"),
+    "no series": ([{"numbers": [1]}], {}, UsageError, "no column is the series"),
+    "a text": ([{"series": "1 2 3"}], {}, InputError, "no list of numbers"),
+    "not a number": ([GOOD, {"series": [1, "x"]}], {}, InputError, r"series\[1\] is no number"),
+    "nan": ([{"series": [1, float("nan")]}], {}, InputError, "not finite"),
+    "null": ([{"series": [1, None]}], {}, InputError, "no number"),
+    "short": ([{"series": [1.0, 2.0] * 19}], {}, InputError, "fewer windows than a batch"),
     "no dates": ([GOOD], {"stamps": True}, InputError, "does not say when"),
     "a bad date": ([{**GOOD, "start": "July", "step": 1}], {"stamps": True}, InputError, "does not say when"),
     "a bad step": ([{**GOOD, "start": "2016-07-01", "step": 0}], {"stamps": True}, InputError, "does not say when"),
