@@ -33,6 +33,8 @@ TINY = 1e-30
 
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_PHASE = 1 << 29
+_ROWS = 1 << 13
+"""Up to so many frequencies x bins a table has a row of phases for every bin: rows are copied faster than angles."""
 
 
 class Sums(NamedTuple):
@@ -123,9 +125,23 @@ def fourier_nll(
 
 def phases(labels: torch.Tensor, count: int, bins: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin [T, count] of π l z_y for bins y [T] and l = 0 .. count - 1, from a table of 2m exact angles."""
+    if count * bins > _ROWS:
+        return _looked_up(labels, count, bins, dtype)
+    cos, sin = _rows(count, bins, dtype, labels.device)
+    return cos.index_select(0, labels), sin.index_select(0, labels)
+
+
+def _looked_up(labels: torch.Tensor, count: int, bins: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     cos, sin = _table(bins, dtype, labels.device)
     places = torch.outer(2 * labels + 1 - bins, torch.arange(count, device=labels.device)).remainder_(2 * bins)
     return cos[places], sin[places]
+
+
+@lru_cache(maxsize=16)
+def _rows(count: int, bins: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The phases of every bin, [m, count] each."""
+    with torch.inference_mode(False):
+        return _looked_up(torch.arange(bins, device=device), count, bins, dtype)
 
 
 @lru_cache(maxsize=16)
