@@ -77,6 +77,7 @@ def e2e(session):
     install(session, "tests")
     session.run("python", "tests/end_to_end/smollm2.py", *session.posargs, env=ONE_THREAD)
     session.run("python", "tests/end_to_end/smollm2_eval.py", *session.posargs, env=ONE_THREAD)
+    session.run("python", "tests/end_to_end/smollm2_vocabulary.py", *session.posargs, env=ONE_THREAD)
     session.run("python", "tests/end_to_end/smollm2_vlora.py", *session.posargs, env=ONE_THREAD)
     session.run("python", "tests/end_to_end/vlora_toy.py", *session.posargs, env=ONE_THREAD)
     session.run("python", "tests/end_to_end/forecast.py", *session.posargs, env=ONE_THREAD)

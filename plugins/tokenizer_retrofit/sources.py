@@ -27,7 +27,7 @@ def check_source(params: TokenizerRetrofitParams) -> None:
         UsageError, InputError: they are not, or the donor's tokenizer.json is malformed.
         Unsupported: the donor's tokenizer is of a kind that cannot be used.
     """
-    for data in (params.corpus, params.held_out, params.adapt and params.adapt.data):
+    for data in (params.corpus, params.held_out, params.adapt.data if params.adapt is not None else None):
         if data is not None:
             check_sources(data)
     if params.donor is not None:
