@@ -88,6 +88,7 @@ def _merging(below: FourBitTensor, delta: LowRankDelta, device: str, *, only_sca
     read_codes, read_scales = below.open_codes(device), below.open_scales(device)
     left, right = delta.left.load(device).float(), delta.right.load(device).float()
     step = max(1, PIECE_ELEMENTS // row) * row
+    nothing = not (left.any() and right.any())  # then FP4's second code for zero stays too
 
     def coded(begin: int, end: int) -> Iterator[tuple[int, int, torch.Tensor | None, torch.Tensor]]:
         while begin < end:
@@ -95,8 +96,10 @@ def _merging(below: FourBitTensor, delta: LowRankDelta, device: str, *, only_sca
             first, last = begin // row, -(-stop // row)
             codes = read_codes(first * row // 2, last * row // 2)
             scales = read_scales(first * row // block, last * row // block)
-            new: torch.Tensor | None = None
-            if only_scales:
+            new: torch.Tensor | None = codes
+            if nothing:
+                pass
+            elif only_scales:
                 scales = nf4_merge_scales(
                     codes, scales, left[first:last], right, delta.scale, table=table, block_size=block
                 )
@@ -104,6 +107,7 @@ def _merging(below: FourBitTensor, delta: LowRankDelta, device: str, *, only_sca
                 new, scales = nf4_merge(
                     codes, scales, left[first:last], right, delta.scale, table=table, block_size=block
                 )
+            if new is not None:
                 new = new[(begin - first * row) // 2 : (stop - first * row) // 2]
             yield begin, stop, new, scales[(begin - first * row) // block : (stop - first * row) // block]
             begin = stop
@@ -119,7 +123,7 @@ class FourBitCodes(_FourBitPart):
         state: the form.
         storage: safetensors code of the dtype that the bytes are stored as.
         gauge: told what the codes keep.
-        nested_map: the values of the codes of scales that are quantised too, which the gauge then takes account of.
+        stored: a weight with doubly quantised scales, in whose form this one's are; the gauge takes account of that.
     """
 
     def __init__(
@@ -129,17 +133,17 @@ class FourBitCodes(_FourBitPart):
         storage: str = "U8",
         *,
         gauge: Gauge | None = None,
-        nested_map: LazyTensor | None = None,
+        stored: FourBitTensor | None = None,
     ) -> None:
         items = -(-weight.spec.numel // 2) // ITEM_BYTES[storage]
         super().__init__(TensorSpec(weight.spec.name, storage, (items, 1)), weight, state)
         self.gauge = gauge
-        self.nested_map = nested_map
+        self.stored = stored
 
     @property
     def held_bytes(self) -> int:
         """Also the base that the gauge compares with, and the scales of the whole weight if they are quantised."""
-        scales = 12 * num_blocks(self.state) if self.nested_map is not None else 0
+        scales = 12 * num_blocks(self.state) if self.stored is not None else 0
         return super().held_bytes + scales + (self.gauge.base.held_bytes if self.gauge else 0)
 
     def open(self, device: str = "cpu") -> RowReader:
@@ -183,12 +187,12 @@ class FourBitCodes(_FourBitPart):
 
     def _read_back(self, device: str) -> RowReader | None:
         """The scales as they are after their own quantisation; None if they have none."""
-        if self.nested_map is None or self.state.nested is None:
+        if self.stored is None:
             return None
         from regraft.kernels.four_bit import decode_scales
 
-        nested, table = self.state.nested, self.nested_map.load(device)
-        find = _all_scales(self, self.nested_map, nested, device)
+        nested, nested_map = _nested(self.stored)
+        table, find = nested_map.load(device), _all_scales(self, self.stored, device)
 
         def decoded() -> torch.Tensor:
             codes, scales, offset = find()
@@ -197,17 +201,33 @@ class FourBitCodes(_FourBitPart):
         return held(decoded)
 
 
+def _nested(stored: FourBitTensor) -> tuple[Nested, LazyTensor]:
+    """How the scales are quantised, and the values of their codes."""
+    assert stored.state.nested is not None
+    assert stored.nested_map is not None
+    return stored.state.nested, stored.nested_map
+
+
 def _all_scales(
-    part: _FourBitPart, nested_map: LazyTensor, nested: Nested, device: str
+    part: _FourBitPart, stored: FourBitTensor, device: str
 ) -> Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """What finds the scales of the whole weight and quantises them, once."""
+    """What finds the scales of the whole weight and quantises them, once; those of `stored` keep their codes."""
+    import torch
+
     from regraft.kernels.four_bit import encode_scales
 
     found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    nested, nested_map = _nested(stored)
 
     def compute() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if not found:
-            scales = part._scales(device)(0, num_blocks(part.state))
+        if found:
+            return found[0]
+        scales = part._scales(device)(0, num_blocks(part.state))
+        if part.state == stored.state and torch.equal(scales, stored.open_scales(device)(0, len(scales))):
+            assert stored.nested_scales is not None
+            offset = torch.tensor(nested.offset, dtype=torch.float32)
+            found.append((stored.scales.load(device), stored.nested_scales.load(device), offset))
+        else:
             found.append(encode_scales(scales, nested_map.load(device), nested.block_size))
         return found[0]
 
@@ -228,11 +248,9 @@ class FourBitScales(_FourBitPart):
 class _DoublePart(_FourBitPart):
     """A part of a 4-bit weight whose scales are quantised in their turn: all of them are found at the first read."""
 
-    def __init__(self, spec: TensorSpec, weight: LazyTensor, state: State, nested_map: LazyTensor) -> None:
+    def __init__(self, spec: TensorSpec, weight: LazyTensor, state: State, stored: FourBitTensor) -> None:
         super().__init__(spec, weight, state)
-        assert state.nested is not None
-        self.nested = state.nested
-        self.nested_map = nested_map
+        self.stored = stored
 
     @property
     def held_bytes(self) -> int:
@@ -241,7 +259,7 @@ class _DoublePart(_FourBitPart):
 
     def open(self, device: str = "cpu") -> RowReader:
         """Slices of what all scales together give."""
-        read = _all_scales(self, self.nested_map, self.nested, device)
+        read = _all_scales(self, self.stored, device)
         return held(lambda: self._of(*read()))
 
     def _of(self, codes: torch.Tensor, scales: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
@@ -251,9 +269,9 @@ class _DoublePart(_FourBitPart):
 class ScaleCodes(_DoublePart):
     """The codes of the scales, uint8 [ceil(elements / block size)]."""
 
-    def __init__(self, weight: LazyTensor, state: State, nested_map: LazyTensor) -> None:
+    def __init__(self, weight: LazyTensor, state: State, stored: FourBitTensor) -> None:
         spec = TensorSpec(f"{weight.spec.name}.absmax", "U8", (num_blocks(state),))
-        super().__init__(spec, weight, state, nested_map)
+        super().__init__(spec, weight, state, stored)
 
     def _of(self, codes: torch.Tensor, scales: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
         return codes
@@ -262,11 +280,10 @@ class ScaleCodes(_DoublePart):
 class NestedScales(_DoublePart):
     """The scales of the scales, fp32 [ceil(scales / nested block size)]."""
 
-    def __init__(self, weight: LazyTensor, state: State, nested_map: LazyTensor) -> None:
-        assert state.nested is not None
-        blocks = -(-num_blocks(state) // state.nested.block_size)
+    def __init__(self, weight: LazyTensor, state: State, stored: FourBitTensor) -> None:
+        blocks = -(-num_blocks(state) // _nested(stored)[0].block_size)
         spec = TensorSpec(f"{weight.spec.name}.nested_absmax", "F32", (blocks,))
-        super().__init__(spec, weight, state, nested_map)
+        super().__init__(spec, weight, state, stored)
 
     def _of(self, codes: torch.Tensor, scales: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
         return scales
@@ -277,12 +294,12 @@ class StateText(_DoublePart):
     so the text is filled up with spaces, which JSON ignores, to a length known at plan time, a multiple of 8.
     """
 
-    def __init__(self, weight: LazyTensor, state: State, nested_map: LazyTensor) -> None:
+    def __init__(self, weight: LazyTensor, state: State, stored: FourBitTensor) -> None:
         spec = TensorSpec(f"{weight.spec.name}{STATE_MARK}{state.quant_type}", "U8", (-(-state.longest // 8) * 8,))
-        super().__init__(spec, weight, state, nested_map)
+        super().__init__(spec, weight, state, stored)
 
     def _of(self, codes: torch.Tensor, scales: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
         import torch
 
-        state = replace(self.state, nested=replace(self.nested, offset=offset.item()))
+        state = replace(self.state, nested=replace(_nested(self.stored)[0], offset=offset.item()))
         return torch.frombuffer(bytearray(state.dump().ljust(self.spec.numel)), dtype=torch.uint8)

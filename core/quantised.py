@@ -52,13 +52,13 @@ def parts_like(weight: LazyTensor, stored: Stored, gauge: Gauge | None) -> list[
     name = weight.spec.name
     if isinstance(stored, EightBitTensor):
         return [Int8Codes(weight, gauge), Int8Scales(weight, f"{name.removesuffix('weight')}SCB")]
-    state, storage, table = replace(stored.state, shape=weight.spec.shape), stored.codes.spec.dtype, stored.nested_map
-    codes = FourBitCodes(weight, state, storage, gauge=gauge, nested_map=table)
-    if table is None:
+    state, storage = replace(stored.state, shape=weight.spec.shape), stored.codes.spec.dtype
+    doubly = stored.nested_map is not None
+    codes = FourBitCodes(weight, state, storage, gauge=gauge, stored=stored if doubly else None)
+    if not doubly:
         text = [] if state == stored.state else [_state_text(name, state)]
         return [codes, FourBitScales(weight, state), *text]
-    doubly = (ScaleCodes, NestedScales, StateText)
-    return [codes, *(kind(weight, state, table) for kind in doubly)]
+    return [codes, *(kind(weight, state, stored) for kind in (ScaleCodes, NestedScales, StateText))]
 
 
 def _state_text(name: str, state: State) -> ConstantTensor:

@@ -208,6 +208,23 @@ def test_the_merge_in_4_bits_has_the_bits_of_the_way_through_floats(double):
         assert torch.equal(torch.cat(pieces).view(whole.shape), whole)
 
 
+@pytest.mark.parametrize("kind", ["nf4-double", "fp4"])
+def test_a_delta_of_zero_leaves_codes_and_scales(folders, kind):
+    import torch
+
+    base = open_checkpoint(folders("llama", kind))
+    zero = replace(delta(DOWN, *base.specs[DOWN].shape), left=MemoryTensor("l", torch.zeros(64, 4)))
+    above = overlay(base, Patch(edits={DOWN: Edit(base.specs[DOWN], zero)}), by="merge")
+    repacked = repack(base, above)
+    for name, tensor in repacked.checkpoint.tensors.items():
+        if "quant_state" not in name:
+            assert torch.equal(tensor.load(), base.packed.load(name)), name
+    text = f"{DOWN}.quant_state.bitsandbytes__{kind[:3]}"
+    documents = [json.loads(bytes(each.load(text).numpy())) for each in (repacked.checkpoint, base.packed)]
+    assert documents[0] == documents[1]
+    assert repacked.realised.total() is None
+
+
 TABLE = [(0.005, 0.036), (0.05, 0.387), (0.51, 0.980)]
 """rms(dW) / rms(W) and the cosine that arrives: shared measurements of a 512 x 512 weight, N(0, 0.02), rank 8."""
 
