@@ -12,14 +12,18 @@ of them; an option or a tensor that the merge would have to ignore is refused.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.hookspecs import hookimpl
 from regraft.core.patch import Patch
-from regraft.core.transformation import AnyTransformation, WeightSpace
+from regraft.core.transformation import AnyTransformation, Run, WeightSpace
 from regraft.plugins.lora_merge.params import LoraMergeParams
 
 regraft_api = ">=1,<2"
+
+SAMPLE = 1 << 16
+"""Elements of every tensor that are looked at to say how much of a delta rounding loses: 3 ms for each."""
 
 
 class LoraMerge(WeightSpace[LoraMergeParams]):
@@ -40,6 +44,18 @@ class LoraMerge(WeightSpace[LoraMergeParams]):
         from regraft.plugins.lora_merge.rewrite import merge_patch
 
         return merge_patch(checkpoint, params)
+
+    def apply(self, checkpoint: Checkpoint, params: LoraMergeParams, run: Run) -> Patch:
+        """The patch with the run's seeds, and what becomes of the deltas: `deltas.json`, `lost` in the metrics."""
+        from regraft.core.delta_report import deltas, reports, rounded, warnings
+        from regraft.plugins.lora_merge.rewrite import merge_patch
+
+        patch = merge_patch(checkpoint, params, lambda tensor: run.seed_for(f"rounding of {tensor}"))
+        found = deltas(checkpoint, patch.edits, sample=SAMPLE)
+        if not found:
+            return patch
+        metrics = {**patch.metrics, "lost": rounded(max(one.lost for one in found))}
+        return replace(patch, metrics=metrics, reports=reports(found), notes=(*patch.notes, *warnings(found)))
 
 
 @hookimpl

@@ -25,6 +25,7 @@ class MagnitudeDelta(Operation):
         magnitude: [rows], or [cols] if `by_column`.
         scale: s.
         by_column: the outputs are the columns; then the tensor is computed whole.
+        seed: as `LowRankDelta`.
     """
 
     input: str
@@ -33,6 +34,7 @@ class MagnitudeDelta(Operation):
     magnitude: LazyTensor
     scale: float
     by_column: bool = False
+    seed: int | None = None
 
     @property
     def row_local(self) -> bool:  # type: ignore[override]
@@ -51,6 +53,7 @@ class MagnitudeDelta(Operation):
 
     def prepare(self, device: str) -> RowFunction:
         """Load the operands in fp32."""
+        from regraft.kernels.stochastic import round_stochastically
         from regraft.plugins.lora_merge.math import wide_sum, with_magnitude
 
         left, right = self.left.load(device).float(), self.right.load(device).float()
@@ -59,7 +62,8 @@ class MagnitudeDelta(Operation):
         def rescale(start: int, stop: int, rows: torch.Tensor) -> torch.Tensor:
             total = wide_sum(rows, left[start:stop], right, self.scale)
             lengths = magnitude if self.by_column else magnitude[start:stop]
-            return with_magnitude(total, lengths, by_column=self.by_column)
+            total = with_magnitude(total, lengths, by_column=self.by_column)
+            return total if self.seed is None else round_stochastically(total, rows.dtype, self.seed, start)
 
         return rescale
 
@@ -107,6 +111,7 @@ class StackedDelta(Operation):
         right: [experts · rank, cols].
         scale: s.
         experts: their number.
+        seed: as `LowRankDelta`, for the experts one below the other.
     """
 
     input: str
@@ -114,6 +119,7 @@ class StackedDelta(Operation):
     right: LazyTensor
     scale: float
     experts: int
+    seed: int | None = None
 
     @property
     def inputs(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -129,22 +135,24 @@ class StackedDelta(Operation):
         """Load the factors in fp32."""
         import torch
 
-        from regraft.kernels.lora_merge import lora_merge
+        from regraft.kernels.lora_merge import Merge, lora_merge_group
 
         left, right = self.left.load(device).float(), self.right.load(device).float()
         rank = right.shape[0] // self.experts
 
         def update(start: int, stop: int, rows: torch.Tensor) -> torch.Tensor:
             parts = [
-                lora_merge(
+                Merge(
                     rows[expert - start],
                     left[:, expert :: self.experts].contiguous(),
                     right[expert * rank : (expert + 1) * rank],
                     self.scale,
+                    self.seed,
+                    expert * rows.shape[1],
                 )
                 for expert in range(start, stop)
             ]
-            return torch.stack(parts)
+            return torch.stack(lora_merge_group(parts))
 
         return update
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -20,6 +21,16 @@ class LoraMergeParams(Params):
         allow_inf_nan=False,
         description="Multiplies the adapter's own alpha / r. What the adapter replaces whole is not scaled; "
         "a DoRA takes only 1.",
+    )
+    subtract: bool = Field(
+        False,
+        description="Take the adapter off again: a base into which it was merged becomes what it was, but for what "
+        "rounding lost.",
+    )
+    rounding: Literal["nearest", "stochastic"] = Field(
+        "nearest",
+        description="How bf16 and fp16 weights are rounded. stochastic: up or down by chance, as near as they are, by "
+        "the recipe's seed; a delta too small for the dtype then arrives on average instead of not at all.",
     )
     residual_base: bool = Field(
         False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from regraft.core.checkpoint import CONFIG, Checkpoint, FileRef
 from regraft.core.errors import InputError, Unsupported
 from regraft.core.jsonio import merge
+from regraft.core.low_rank import LowRankDelta
 from regraft.core.operations import ComputedTensor, Convert, Value
 from regraft.core.patch import Edit, Patch
 from regraft.core.specs import FLOAT_CODES, TensorSpec
@@ -27,8 +28,15 @@ TOKENIZER_FILES = (
 """What an adapter folder brings of a tokenizer that was trained with it."""
 
 
-def merge_patch(checkpoint: Checkpoint, params: LoraMergeParams) -> Patch:
-    """The patch that merges an adapter; made from headers and configs alone.
+def merge_patch(
+    checkpoint: Checkpoint, params: LoraMergeParams, seed_for: Callable[[str], int] = lambda tensor: 0
+) -> Patch:
+    """The patch that merges an adapter, or takes it off; made from headers and configs alone.
+
+    Args:
+        checkpoint: the base.
+        params: what to merge.
+        seed_for: the seed of a tensor, for stochastic rounding.
 
     Raises:
         InputError: the adapter is not valid, or was made for another model.
@@ -37,10 +45,13 @@ def merge_patch(checkpoint: Checkpoint, params: LoraMergeParams) -> Patch:
     adapter = open_adapter(params.adapter)
     check_base(checkpoint, adapter, params)
     base = BaseModel(checkpoint, transposed=adapter.settings.fan_in_fan_out)
-    targets = Targets(adapter, base, params.scale)
+    sign = -1.0 if params.subtract else 1.0
+    targets = Targets(adapter, base, sign * params.scale, seed_for if params.rounding == "stochastic" else None)
     targets.collect()
+    if params.subtract:
+        _check_subtracted(targets)
     config, notes = _settle_ties(targets)
-    notes += _base_notes(targets)
+    notes += _base_notes(targets) + _rounding_notes(targets, params)
     files: dict[str, FileRef] = {}
     if targets.vocabulary is not None:
         size, nested = {"vocab_size": targets.vocabulary}, base.nested()
@@ -61,8 +72,11 @@ def check_base(checkpoint: Checkpoint, adapter: Adapter, params: LoraMergeParams
 
     Raises:
         Unsupported: an initialisation that changed the base, and no parameter that accepts it; a scale other than 1 for
-            an adapter whose magnitudes were learnt with the whole delta.
+            an adapter whose magnitudes were learnt with the whole delta, or that to be taken off.
     """
+    if adapter.settings.dora and params.subtract:
+        raise Unsupported("a DoRA adapter cannot be taken off: the lengths that its magnitudes replaced are gone",
+                          where="subtract", remedy="go back to the base it was merged into")  # fmt: skip
     if adapter.settings.dora and params.scale != 1.0:
         raise Unsupported("a DoRA adapter has no half: its magnitudes belong to the whole delta", where="scale",
                           expected="1.0", found=params.scale, remedy="leave scale at 1")  # fmt: skip
@@ -73,6 +87,21 @@ def check_base(checkpoint: Checkpoint, adapter: Adapter, params: LoraMergeParams
             where=f"{adapter.file.parent}: init_lora_weights", found=initialisation,
             remedy="convert it by save_pretrained with path_initial_model_for_weight_conversion, or name the residual "
             "model as the base and set residual_base = true",
+        )  # fmt: skip
+
+
+def _check_subtracted(targets: Targets) -> None:
+    """Refuse to take off an adapter that brought tensors whole: what stood in their place is not known.
+
+    Raises:
+        Unsupported: naming the first.
+    """
+    whole = [target.place.tensor for target in targets.by_tensor.values() if target.start is not None]
+    if whole:
+        raise Unsupported(
+            f"the adapter replaced {len(whole)} tensors whole, and what they were before is not in it",
+            where=f"{targets.adapter.file}: {whole[0]}", found="a trained copy",
+            remedy="go back to the base it was merged into",
         )  # fmt: skip
 
 
@@ -161,8 +190,31 @@ def _summary(targets: Targets, params: LoraMergeParams) -> str:
     kind = "DoRA" if targets.adapter.settings.dora else "LoRA"
     extra = f", times {params.scale:g}" if params.scale != 1.0 else ""
     whole = f"; {counts['replaced_tensors']} tensors replaced whole" if counts["replaced_tensors"] else ""
-    into = f"{counts['adapted_tensors']} tensors (rank {ranks}{extra})"
-    return f"{kind} adapter {params.adapter.name} merged into {into}{whole}"
+    which = f"{counts['adapted_tensors']} tensors (rank {ranks}{extra})"
+    done = "taken off" if params.subtract else "merged into"
+    return f"{kind} adapter {params.adapter.name} {done} {which}{whole}"
+
+
+def _rounding_notes(targets: Targets, params: LoraMergeParams) -> list[str]:
+    """What rounding does, and whether an earlier step's delta is in the same tensors."""
+    notes = []
+    tensors = targets.base.checkpoint.tensors
+    again = [name for name, target in targets.by_tensor.items() if target.delta and _changed(tensors.get(name))]
+    if again and not params.subtract:
+        notes.append(f"{len(again)} of these tensors hold the delta of an earlier step already; adapters that were "
+                     "trained apart were not trained for their sum")  # fmt: skip
+    if params.subtract:
+        notes.append("each tensor is what it was before the merge, but for two roundings to its dtype")
+    if params.rounding == "stochastic":
+        notes.append("weights in bf16 and fp16 are rounded stochastically, by the recipe's seed")
+    return notes
+
+
+def _changed(tensor: LazyTensor | None) -> bool:
+    """Whether a low-rank delta stands somewhere below."""
+    if isinstance(tensor, ComputedTensor) and isinstance(tensor.operation, LowRankDelta):
+        return True
+    return tensor is not None and any(_changed(source) for source in tensor.sources)
 
 
 def _vocabulary_note(rows: int, files: Mapping[str, FileRef]) -> str:

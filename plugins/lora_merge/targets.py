@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from regraft.core.architectures import Slot
@@ -57,11 +57,13 @@ class Targets:
         adapter: the adapter.
         base: the model it is merged into.
         scale: multiplies every delta.
+        seed_for: the seed by which a tensor is rounded stochastically; None rounds to nearest.
     """
 
     adapter: Adapter
     base: BaseModel
     scale: float
+    seed_for: Callable[[str], int] | None = None
     by_tensor: dict[str, Target] = field(default_factory=dict)
     vocabulary: int | None = None
     ranks: set[int] = field(default_factory=set)
@@ -139,8 +141,11 @@ class Targets:
         left, right = (Transposed(first), Transposed(second)) if turned else (second, first)
         if settings.dora:
             magnitude = module.tensors["lora_magnitude_vector"]
-            return MagnitudeDelta(place.source, left, right, magnitude, scale, by_column=turned)
-        return LowRankDelta(place.source, left, right, scale)
+            return MagnitudeDelta(place.source, left, right, magnitude, scale, turned, self._seed(place.tensor))
+        return LowRankDelta(place.source, left, right, scale, self._seed(place.tensor))
+
+    def _seed(self, tensor: str) -> int | None:
+        return None if self.seed_for is None else self.seed_for(tensor)
 
     def _adapt_bias(self, module: Module, place: Place) -> None:
         vector = module.tensors["lora_B.bias"]
@@ -178,15 +183,16 @@ class Targets:
         right, left = module.tensors["lora_A"], module.tensors["lora_B"]
         if experts[0][0].expert is not None:
             tensor = experts[0][0].tensor
-            delta = StackedDelta(tensor, left, right, scale, count)
-            self.by_tensor[tensor] = Target(Place(tensor, tensor), delta=delta)
+            stacked = StackedDelta(tensor, left, right, scale, count, self._seed(tensor))
+            self.by_tensor[tensor] = Target(Place(tensor, tensor), delta=stacked)
             return
         for expert, slots in enumerate(experts):
             share, row = Window(right, expert * rank, (expert + 1) * rank), 0
             for slot in slots:
                 part = Window(left, row, row + slot.num_rows, expert, count)
                 place = Place(slot.tensor, slot.tensor)
-                self.by_tensor[slot.tensor] = Target(place, delta=LowRankDelta(slot.tensor, part, share, scale))
+                delta = LowRankDelta(slot.tensor, part, share, scale, self._seed(slot.tensor))
+                self.by_tensor[slot.tensor] = Target(place, delta=delta)
                 row += slot.num_rows
 
     def _fits(self, module: Module, expected: dict[str, tuple[int, ...]], where: str) -> bool:
