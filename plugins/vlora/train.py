@@ -29,7 +29,7 @@ class VloraTrain(Transformation[VloraTrainParams]):
         """Refuse data that is not there and, where the language model learns, quantised weights.
 
         Raises:
-            Unsupported: the weights are quantised.
+            Unsupported: the weights are quantised, or a generator is attached to the model already.
             UsageError: a path leads nowhere, or data that is not in files.
         """
         from regraft.plugins.vlora.train_rewrite import check

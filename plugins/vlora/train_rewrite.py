@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from regraft.core.architectures import Architecture, architecture_of
-from regraft.core.checkpoint import Checkpoint
-from regraft.core.data.load import check_sources
+from regraft.core.checkpoint import CONFIG, Checkpoint
 from regraft.core.errors import Unsupported, UsageError
 from regraft.core.host import host
 from regraft.core.patch import Outline
@@ -58,8 +57,8 @@ class Aim:
         own = own_settings(checkpoint) if params.generator is None and params.new is None else None
         if own is None and params.generator is None:
             settings = _new(architecture, params)
-            _check_types(settings, architecture)
-            return cls(architecture, settings, None, (f"a new generator: {_words(settings)}",))
+            notes = (f"a new generator: {_words(settings)}", *_parallel(settings, architecture))
+            return cls(architecture, settings, None, notes)
         if own is not None:
             settings, source = own, lambda: _found(own_generator(checkpoint))
             label = "the generator of an earlier step"
@@ -67,19 +66,23 @@ class Aim:
             folder = open_generator(str(params.generator))
             settings, source, label = folder.settings, lambda: folder, f"generator {folder.label}"
         check_model(settings, architecture, label)
-        _check_types(settings, architecture)
         if params.vision is not None:
             tower_for(params, settings)
-        return cls(architecture, settings, source, (f"{label} goes on: {_words(settings)}",))
+        notes = (f"{label} goes on: {_words(settings)}", *_parallel(settings, architecture))
+        return cls(architecture, settings, source, notes)
 
 
 def check(checkpoint: Checkpoint, params: VloraTrainParams) -> None:
     """Refuse what headers and parameters show to be impossible; see `VloraTrain.check`."""
+    if "vlora" in checkpoint.config:
+        raise Unsupported(
+            "the checkpoint has a generator attached already", where=f"{checkpoint.label}: {CONFIG}: vlora",
+            remedy="train on the language model that it was attached to, with `generator` to go on",
+        )  # fmt: skip
     if params.train == "both":
         refuse_quantised(checkpoint)
     for settings in (params.data, params.held_out):
         if settings is not None:
-            check_sources(settings)
             check_files(settings)
     if params.images is not None and not params.images.is_dir():
         raise UsageError("there is no such folder", where="images", found=params.images, remedy="check the path")
@@ -135,10 +138,24 @@ def _types(architecture: Architecture) -> str:
     return TYPES
 
 
-def _check_types(settings: GeneratorSettings, architecture: Architecture) -> None:
-    """Refuse what could be learnt but not be stored afterwards."""
-    if PARALLEL in settings.types:
+def _parallel(settings: GeneratorSettings, architecture: Architecture) -> tuple[str, ...]:
+    """What is to be said of type m.
+
+    Raises:
+        Unsupported: a mixture of experts, whose MLP is no module of its own.
+    """
+    if PARALLEL not in settings.types:
+        return ()
+    if architecture.num_experts:
+        raise Unsupported(
+            "type m goes around a dense MLP, and this model has experts", where=architecture.model_type,
+            found=f"{architecture.num_experts} experts", remedy="leave m out of the generator's types",
+        )  # fmt: skip
+    try:
         check_widening(architecture)
+    except Unsupported as error:
+        return (f'type m can be had in output = "attached" alone: {error.found or error.message}',)
+    return ()
 
 
 def _found(folder: GeneratorFolder | None) -> GeneratorFolder:

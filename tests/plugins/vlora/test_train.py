@@ -211,13 +211,15 @@ def test_rows_without_answers_are_refused(llama, lesson):
             params(lesson, data={"source": lesson / "rows.jsonl", key: value})
 
 
-def test_a_new_generator_has_the_types_that_can_be_stored(lesson, tiny_folder):
+def test_a_new_generator_has_the_types_that_can_be_merged(lesson, tiny_folder):
     sizes = {key: value for key, value in NEW.items() if key != "types"}
     for family, types in (("llama", "qkvom"), ("qwen3", "qkvo")):
         outline = VloraTrain().plan(open_checkpoint(tiny_folder(family)), params(lesson, new=sizes))
         assert outline.json["vlora/config.json"]["types"] == types
-    with pytest.raises(Unsupported, match="mlp_bias"):
-        VloraTrain().plan(open_checkpoint(tiny_folder("qwen3")), params(lesson, new=NEW))
+    outline = VloraTrain().plan(open_checkpoint(tiny_folder("qwen3")), params(lesson, new=NEW))
+    assert 'output = "attached" alone' in outline.notes[1]
+    with pytest.raises(Unsupported, match="experts"):
+        VloraTrain().plan(open_checkpoint(tiny_folder("mixtral")), params(lesson, new=NEW))
 
 
 BAD_ROWS = {
