@@ -47,6 +47,11 @@ class VloraParams(Params):
         1.0, allow_inf_nan=False, description="Multiplies every delta, beside the generator's own alpha / rank."
     )
 
+    mlp_multiple: Annotated[int, Field(ge=1, le=1024)] = Field(
+        64,
+        description="Type m adds the rank's number of hidden units to every MLP, rounded up to a multiple of this by "
+        "units that do nothing: kernels for quantised and for shared-out weights want round widths. 1 adds no more.",
+    )
     output: Literal["merged", "attached"] = Field(
         "merged",
         description='merged: the image\'s deltas go into the weights; with [output] format = "adapter" beside them. '

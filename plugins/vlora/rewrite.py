@@ -49,6 +49,7 @@ class Aim:
         places: tensors that get low-rank deltas.
         sight: the images; None where the generator is attached, to look at run time.
         scale: of every delta.
+        mlp_multiple: of new hidden units, for type m.
         own: whether the generator stands in the checkpoint itself.
     """
 
@@ -59,6 +60,7 @@ class Aim:
     places: tuple[Place, ...]
     sight: Sight | None
     scale: float
+    mlp_multiple: int
     own: bool
 
     @classmethod
@@ -82,7 +84,8 @@ class Aim:
             check_widening(architecture)
         places = tuple(places_of(checkpoint, architecture, settings, types))
         sight = sight_of(params, settings) if params.output == "merged" else None
-        return cls(architecture, settings, label, types, places, sight, settings.scale * params.scale, own)
+        scale = settings.scale * params.scale
+        return cls(architecture, settings, label, types, places, sight, scale, params.mlp_multiple, own)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -101,7 +104,8 @@ class Aim:
         if left := [letter for letter in self.settings.types if letter not in self.types]:
             found.append(f"types {''.join(left)} are left out, though the generator was trained with them")
         if "m" in self.types:
-            found.append(f"every MLP is {self.settings.rank} units wider, for type m; and has biases")
+            units = -(-self.settings.rank // self.mlp_multiple) * self.mlp_multiple
+            found.append(f"every MLP is {units} units wider, for type m; and has biases")
         return tuple(found)
 
     @property
@@ -195,7 +199,8 @@ def _patch(checkpoint: Checkpoint, aim: Aim, pairs: Pairs | None) -> Patch:
     config: dict[str, Any] = {}
     if "m" in aim.types:
         beside = {layer: _beside(aim, layer, pairs) for layer in aim.settings.active_layers}
-        wide = widened(checkpoint, aim.architecture, aim.settings.rank, beside, aim.scale)
+        numbers = {"rank": aim.settings.rank, "multiple": aim.mlp_multiple}
+        wide = widened(checkpoint, aim.architecture, beside, scale=aim.scale, **numbers)
         edits |= wide.edits
         config = dict(wide.config)
     return Patch(edits=edits, json={CONFIG: config} if config else {}, dropped=_dropped(aim))

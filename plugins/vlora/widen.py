@@ -144,56 +144,76 @@ def check_widening(architecture: Architecture) -> None:
 def widened(
     checkpoint: Checkpoint,
     architecture: Architecture,
-    rank: int,
     pairs: Mapping[int, tuple[LazyTensor, LazyTensor]],
+    *,
+    rank: int,
     scale: float,
+    multiple: int = 1,
 ) -> Widened:
-    """The MLPs with `rank` more units.
+    """The MLPs with `rank` more units, or with the next multiple of `multiple`; those beyond the rank are zero.
 
     Args:
         checkpoint: whose tensors are widened.
         architecture: its roles.
-        rank: r.
         pairs: by active layer Aᵀ [r, hidden] and B [hidden, r].
+        rank: r.
         scale: s.
+        multiple: of units.
 
     Raises:
         Unsupported: as `check_widening`; or a weight is in a dtype that cannot be computed with.
     """
     check_widening(architecture)
-    config = {_WIDTH: architecture.intermediate_size + rank, _SWITCH: True}
+    units = -(-rank // multiple) * multiple
+    config = {_WIDTH: architecture.intermediate_size + units, _SWITCH: True}
     names = [name for name in checkpoint.specs if not name.endswith(".bias")]
     after = architecture_of({**checkpoint.config, **config}, names, families=host().architectures())
     edits: dict[str, Edit] = {}
     for layer in range(architecture.num_layers):
         slots = {role: after.slot(role, layer) for role in _PROJECTIONS}
         stored = {role: _stored(checkpoint, slot) for role, slot in slots.items()}
-        gate, gain = gate_of(stored["gate_proj"].spec.dtype)
-        nothing = Filled("zeros", (rank, architecture.hidden_size))
-        up: LazyTensor = nothing
-        down: LazyTensor = Filled("zeros", (architecture.hidden_size, rank))
-        if layer in pairs:
-            up, down = Scaled(pairs[layer][0], scale / gain), pairs[layer][1]
-        for role, extra, axis in (("gate_proj", nothing, 0), ("up_proj", up, 0), ("down_proj", down, 1)):
+        for role, extra in _extras(architecture, stored["gate_proj"].spec.dtype, pairs.get(layer), rank, scale).items():
             spec = TensorSpec(slots[role].tensor, stored[role].spec.dtype, slots[role].shape)
-            edits[spec.name] = Edit(spec, Value(Joined(spec, stored[role], extra, axis)))
-        opened = gate if layer in pairs else 0.0
-        for role, value in (("gate_proj", opened), ("up_proj", 0.0)):
-            edits |= _bias(checkpoint, slots[role], stored[role].spec.dtype, rank, value)
-        edits |= _bias(checkpoint, slots["down_proj"], stored["down_proj"].spec.dtype, 0, 0.0)
+            axis = 1 if role == "down_proj" else 0
+            edits[spec.name] = Edit(spec, Value(Joined(spec, stored[role], _padded(extra, units, axis), axis)))
+        gate = gate_of(stored["gate_proj"].spec.dtype)[0] if layer in pairs else 0.0
+        gates = {"gate_proj": Filled("gates", (rank,), gate), "up_proj": Filled("zeros", (rank,))}
+        for role in _PROJECTIONS:
+            more = _padded(gates[role], units, 0) if role in gates else None
+            edits |= _bias(checkpoint, slots[role], stored[role].spec.dtype, more)
     return Widened(edits, config)
 
 
-def _bias(checkpoint: Checkpoint, slot: Slot, dtype: str, more: int, value: float) -> dict[str, Edit]:
-    """The bias of a projection: as it was or zero, then `more` times the value."""
+def _extras(
+    architecture: Architecture, dtype: str, pair: tuple[LazyTensor, LazyTensor] | None, rank: int, scale: float
+) -> dict[str, LazyTensor]:
+    """Rows of gate and up projection, columns of the down projection; zero in a layer without a delta."""
+    hidden = architecture.hidden_size
+    rows, columns = Filled("zeros", (rank, hidden)), Filled("zeros", (hidden, rank))
+    if pair is None:
+        return {"gate_proj": rows, "up_proj": rows, "down_proj": columns}
+    return {"gate_proj": rows, "up_proj": Scaled(pair[0], scale / gate_of(dtype)[1]), "down_proj": pair[1]}
+
+
+def _padded(extra: LazyTensor, units: int, axis: int) -> LazyTensor:
+    """With zeros along the axis, up to so many units."""
+    shape = list(extra.spec.shape)
+    missing, shape[axis] = units - shape[axis], units
+    if not missing:
+        return extra
+    padding = [missing if place == axis else extent for place, extent in enumerate(shape)]
+    return Joined(replace(extra.spec, shape=tuple(shape)), extra, Filled("zeros", tuple(padding)), axis)
+
+
+def _bias(checkpoint: Checkpoint, slot: Slot, dtype: str, more: LazyTensor | None) -> dict[str, Edit]:
+    """The bias of a projection: as it was or zero, then what comes behind it."""
     assert slot.bias is not None
-    size = slot.num_rows
     before = checkpoint.tensors.get(slot.bias)
-    if before is not None and not more:
-        return {}
-    old = before or Filled(slot.bias, (size - more,))
-    spec = TensorSpec(slot.bias, dtype if before is None else before.spec.dtype, (size,))
-    return {slot.bias: Edit(spec, Value(Joined(spec, old, Filled("gates", (more,), value), 0)))}
+    spec = TensorSpec(slot.bias, dtype if before is None else before.spec.dtype, (slot.num_rows,))
+    if more is None:
+        return {} if before is not None else {slot.bias: Edit(spec, Value(Filled("zeros", spec.shape)))}
+    old = before or Filled("zeros", (slot.num_rows - more.spec.rows,))
+    return {slot.bias: Edit(spec, Value(Joined(spec, old, more, 0)))}
 
 
 def _stored(checkpoint: Checkpoint, slot: Slot) -> LazyTensor:

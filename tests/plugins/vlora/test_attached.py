@@ -22,6 +22,7 @@ from tests.plugins.vlora.generators import (
     make_generator,
     vlora,
 )
+from tests.running import done, recipe_text
 
 TOKENS = torch.tensor([[1, 5, 9, 77, 33, 120], [1, 8, 2, 64, 99, 3]])
 
@@ -117,6 +118,25 @@ def test_it_needs_its_code_and_nothing_else(llama):
     assert proof.report["class"] == "VloraForCausalLM"
     with pytest.raises(ValueError, match="trust_remote_code"):
         AutoModelForCausalLM.from_pretrained(llama / "out", trust_remote_code=False)
+
+
+def test_it_sees_beside_quantised_weights(tmp_path):
+    """transformers puts other modules in the place of linear layers after the model has been made."""
+    save_tiny("llama", tmp_path / "base", tokenizer=True, hidden_size=128, intermediate_size=192)
+    make_generator(tmp_path / "base", tmp_path / "g", types="qkvom")
+    (tmp_path / "nf4.toml").write_text(recipe_text("base", path=str(tmp_path / "nf4"), quantize="nf4"))
+    done("apply", tmp_path / "nf4.toml")
+    step = {"use": "vlora", "generator": "g", "output": "attached"}
+    logits = {}
+    for name, form in (("kept", {}), ("wide", {"quantize": "none"})):
+        (tmp_path / f"{name}.toml").write_text(recipe_text("nf4", step, path=str(tmp_path / name), **form))
+        done("apply", tmp_path / f"{name}.toml")
+        with torch.no_grad():
+            model = AutoModelForCausalLM.from_pretrained(tmp_path / name, trust_remote_code=True).eval()
+            logits[name] = model(TOKENS, image_features=features()).logits
+            assert not close(logits[name], model(TOKENS).logits)
+    apart = float((logits["kept"] - logits["wide"]).norm() / logits["wide"].norm())
+    assert apart < 0.1, "bitsandbytes computes in bf16 on some processors"
 
 
 def test_no_path_of_the_trainer_goes_along(llama, tmp_path):

@@ -110,7 +110,7 @@ def test_a_generator_at_its_start_leaves_every_byte(llama, tmp_path):
 def test_type_m_is_new_hidden_units(llama, tmp_path):
     base, _ = llama
     make_generator(base, tmp_path / "g", types="m")
-    _, after = vlora(base, tmp_path / "g", tmp_path)
+    _, after = vlora(base, tmp_path / "g", tmp_path, mlp_multiple=1)
     assert after.config["intermediate_size"] == 96 + 3
     assert after.config["mlp_bias"] is True
     gates = [after.load(f"model.layers.{layer}.mlp.gate_proj.bias") for layer in range(4)]
@@ -217,9 +217,21 @@ def test_a_second_image_goes_on_top_of_the_first(llama, tmp_path):
     make_generator(base, tmp_path / "g", types="qm")
     patch, first = vlora(base, tmp_path / "g", tmp_path)
     again = overlay(first, _again(first, tmp_path), by="again")
-    assert again.config["intermediate_size"] == 96 + 6
+    assert again.config["intermediate_size"] == 96 + 2 * 64
     materialise_model(again)
-    assert patch.json["config.json"]["intermediate_size"] == 96 + 3
+    assert patch.json["config.json"]["intermediate_size"] == 96 + 64
+
+
+def test_minus_one_takes_an_image_off_again(llama, tmp_path):
+    base, _ = llama
+    make_generator(base, tmp_path / "g", types="qkvo")
+    patch, merged = vlora(base, tmp_path / "g", tmp_path)
+    params = VloraParams(generator=tmp_path / "g", features=tmp_path / "features.safetensors", scale=-1.0)
+    back = overlay(merged, Vlora().apply(merged, params, Run("off")), by="off")
+    for name in patch.edits:
+        before = open_folder(base, label="base").load(name)
+        apart = (back.load(name) - before).abs().max()
+        assert apart <= torch.finfo(torch.float32).eps * merged.load(name).abs().max()
 
 
 def test_the_generator_of_an_earlier_step_is_used_and_left_behind(llama, tmp_path):
