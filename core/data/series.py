@@ -91,7 +91,7 @@ def _column(row: Row, role: str, given: Mapping[str, str]) -> str | None:
         raise UsageError(
             f"several columns may be the {role}" if names else f"no column is the {role}", where=row.place,
             expected=f"a column {wanted}", found=brief(", ".join(names or row.values)),
-            remedy=f'name it, such as columns = {{ {role} = "..." }}',
+            remedy=f'name it: columns = {{ {role} = "..." }} in a recipe, column=... in a task of eval',
         )  # fmt: skip
     return names[0] if names else None
 
