@@ -98,6 +98,7 @@ def bench(session):
     session.run("python", "benchmarks/side_by_side.py", *session.posargs)
     session.run("python", "benchmarks/training.py", *session.posargs, env=ONE_THREAD)
     session.run("python", "benchmarks/fourier_head.py", *session.posargs, env=ONE_THREAD)
+    session.run("python", "benchmarks/vocabulary.py", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.errors import InputError, UsageError
+from regraft.core.tensors import LazyTensor
 from regraft.core.transformation import Run
 from regraft.plugins.tokenizer_retrofit.focus import Mixture, focus
 from regraft.plugins.tokenizer_retrofit.params import TokenizerRetrofitParams
@@ -42,7 +43,7 @@ class Initial:
     params: TokenizerRetrofitParams
     run: Run
 
-    def rows(self, table: torch.Tensor, role: Role) -> Rows:
+    def rows(self, table: LazyTensor, role: Role) -> Rows:
         """The rows of one table.
 
         Args:

@@ -104,7 +104,7 @@ def made_patch(
     edits = {}
     initial = Initial(old, new, params, run)
     for role, name in tables.by_role().items():
-        rows = initial.rows(checkpoint.load(name), role)
+        rows = initial.rows(checkpoint.tensor(name), role)
         edits[name] = Edit(specs[name], rows.operation(name, total - len(new.origins)))
     return Patch(
         edits=edits,

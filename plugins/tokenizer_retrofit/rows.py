@@ -37,23 +37,23 @@ class Rows:
         return row_map(name, [*self.parts, *[()] * padding], weights, brought)
 
 
-def subtoken_means(table: torch.Tensor, origins: Sequence[Origin]) -> Rows:
+def subtoken_means(table: LazyTensor, origins: Sequence[Origin]) -> Rows:
     """Kept rows as they are; new ones as the mean of the rows that spell them, or, unspelled, of all old rows.
 
     Gee et al., Fast Vocabulary Transfer (arXiv 2402.09977). Not rescaled: with tied embeddings a longer row is a larger
     logit, and the part that all rows share is most of their length.
     """
-    mean = len(table)
+    mean = table.spec.rows
     parts = [[origin.kept] if origin.kept is not None else [*origin.parts] or [mean] for origin in origins]
     unspelled = any(origin.kept is None and not origin.parts for origin in origins)
-    return Rows(parts, None, table.float().mean(0, keepdim=True) if unspelled else None)
+    return Rows(parts, None, table.load().float().mean(0, keepdim=True) if unspelled else None)
 
 
-def mixed(table: torch.Tensor, origins: Sequence[Origin], mixture: Mixture, share: float = 1.0) -> Rows:
+def mixed(table: LazyTensor, origins: Sequence[Origin], mixture: Mixture, share: float = 1.0) -> Rows:
     """New rows as mixtures of old ones, by `share`, and for the rest as means of their pieces.
 
     Args:
-        table: [rows, ...] the old one.
+        table: [rows, ...] the old one; read only where a token cannot be spelled.
         origins: of the new rows.
         mixture: by new row; a row without one is the mean alone.
         share: of the mixture.
@@ -70,7 +70,7 @@ def mixed(table: torch.Tensor, origins: Sequence[Origin], mixture: Mixture, shar
     return Rows(parts, weights, means.brought)
 
 
-def drawn(table: torch.Tensor, origins: Sequence[Origin], *, deviation: float, seed: int) -> Rows:
+def drawn(table: LazyTensor, origins: Sequence[Origin], *, deviation: float, seed: int) -> Rows:
     """New rows drawn around the mean of the old: N(mean, (deviation · std)²) for each entry; `mean` draws none.
 
     Args:
@@ -81,10 +81,10 @@ def drawn(table: torch.Tensor, origins: Sequence[Origin], *, deviation: float, s
     """
     import torch
 
-    wide = table.float()
+    wide = table.load().float()
     new = [index for index, origin in enumerate(origins) if origin.kept is None]
-    place: Mapping[int, int] = {index: len(table) + number for number, index in enumerate(new)}
-    noise = torch.randn(len(new), *table.shape[1:], generator=torch.Generator().manual_seed(seed))
+    place: Mapping[int, int] = {index: table.spec.rows + number for number, index in enumerate(new)}
+    noise = torch.randn(len(new), *table.spec.shape[1:], generator=torch.Generator().manual_seed(seed))
     brought = wide.mean(0) + deviation * wide.std(0) * noise
     parts = [[origin.kept] if origin.kept is not None else [place[index]] for index, origin in enumerate(origins)]
     return Rows(parts, None, brought)
