@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from regraft.core.checkpoint import Checkpoint
-from regraft.core.errors import InputError, UsageError
+from regraft.core.errors import InputError, Unsupported, UsageError
 from regraft.core.tensors import LazyTensor
 from regraft.core.transformation import Run
 from regraft.plugins.tokenizer_retrofit.focus import Mixture, focus
 from regraft.plugins.tokenizer_retrofit.params import TokenizerRetrofitParams
-from regraft.plugins.tokenizer_retrofit.rows import Rows, drawn, mixed, subtoken_means
+from regraft.plugins.tokenizer_retrofit.rows import Rows, drawn, mixed, predicted, subtoken_means
 from regraft.plugins.tokenizer_retrofit.sources import corpus_of
 from regraft.plugins.tokenizer_retrofit.tables import Tables
 from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Role = Literal["embeddings", "head", "bias"]
 
 _BLEND = 0.5
+_MATRICES: tuple[Role, ...] = ("embeddings", "head")
 
 
 @dataclass(eq=False)
@@ -36,24 +37,28 @@ class Initial:
         old, new: the vocabularies.
         params: of the step.
         run: its seed.
+        tables: the old ones.
     """
 
     old: TokenizerFile
     new: NewVocabulary
     params: TokenizerRetrofitParams
     run: Run
+    tables: Mapping[Role, LazyTensor]
 
-    def rows(self, table: LazyTensor, role: Role) -> Rows:
+    def rows(self, role: Role) -> Rows:
         """The rows of one table.
 
         Args:
-            table: the old one, [rows, d], or [rows] for the head's bias, which always takes means.
-            role: which one it is; a donor has the same.
+            role: which one; the head's bias takes means, but from a hypernetwork that predicts it.
 
         Raises:
             InputError, UsageError, Unsupported: vectors or the donor cannot be used.
         """
-        origins, method = self.new.origins, self.params.init
+        table, origins, method = self.tables[role], self.new.origins, self.params.init
+        if method == "hypernet" and (values := self._predicted.get(role)) is not None:
+            spelled = {index: place for place, index in enumerate(self._spelled)}
+            return predicted(table, origins, spelled, values)
         if method == "subtoken-mean" or role == "bias":
             return subtoken_means(table, origins)
         if method in ("mean", "normal"):
@@ -63,6 +68,32 @@ class Initial:
             return mixed(table, origins, self._pursued(role))
         mixture = self._translated if method == "wechsel" else self._focused
         return mixed(table, origins, mixture, _BLEND if method == "blend" else 1.0)
+
+    @cached_property
+    def _spelled(self) -> list[int]:
+        """New tokens that old ones spell."""
+        return [index for index, origin in enumerate(self.new.origins) if origin.kept is None and origin.parts]
+
+    @cached_property
+    def _predicted(self) -> dict[Role, torch.Tensor | None]:
+        import torch
+
+        from regraft.plugins.tokenizer_retrofit.hypernet import open_hypernet, predict
+
+        assert self.params.hypernet is not None
+        network = open_hypernet(self.params.hypernet.folder)
+        if network.shape.separate != ("head" in self.tables):
+            raise Unsupported(
+                "the hypernetwork predicts rows of another kind of head", where=self.params.hypernet.folder,
+                expected="a head of its own" if "head" in self.tables else "a head tied to the embeddings",
+                remedy="take the network made for this model",
+            )  # fmt: skip
+        if not self._spelled:
+            return {}
+        parts = [self.new.origins[index].parts for index in self._spelled]
+        table = torch.cat([self.tables[role].load().float() for role in _MATRICES if role in self.tables], dim=1)
+        first, second, bias = predict(network, parts, table, self.params.hypernet.language)
+        return {"embeddings": first, "head": second, "bias": bias}
 
     @cached_property
     def _focused(self) -> Mixture:

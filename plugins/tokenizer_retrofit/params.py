@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, FilePath, model_validator
+from pydantic import DirectoryPath, Field, FilePath, model_validator
 
 from regraft.core.data.settings import Data
 from regraft.core.transformation import Params
@@ -43,6 +43,18 @@ class WordVectors(Params):
     source: FilePath
     target: FilePath
     dictionary: FilePath | None = None
+
+
+class HypernetSettings(Params):
+    """A hypernetwork that predicts rows.
+
+    Args:
+        folder: with config.json and model.safetensors.
+        language: its number, for networks that read one.
+    """
+
+    folder: DirectoryPath
+    language: Annotated[int, Field(ge=0)] | None = None
 
 
 class AdaptSettings(Params):
@@ -98,14 +110,15 @@ class TokenizerRetrofitParams(Params):
     add: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), description="add-tokens: texts of the new tokens.")
     add_special: bool = Field(True, description="add-tokens: leave them out when text is decoded for reading.")
     keep: tuple[str, ...] = Field((), description="trim: texts whose tokens stay, however rare.")
-    init: Literal["subtoken-mean", "blend", "focus", "wechsel", "omp", "mean", "normal"] = Field(
+    init: Literal["subtoken-mean", "blend", "focus", "wechsel", "omp", "hypernet", "mean", "normal"] = Field(
         "subtoken-mean",
         description="Rows of new tokens. subtoken-mean: the mean of the rows that spell the token. focus: a mixture of "
         "kept tokens that stand in like company in the corpus. blend: half of each. wechsel: a mixture of old tokens "
-        "that mean the like, by `vectors`. omp: the donor's rows, written in shared tokens. mean: of all old rows. "
-        "normal: drawn around it.",
+        "that mean the like, by `vectors`. omp: the donor's rows, written in shared tokens. hypernet: predicted by a "
+        "network. mean: of all old rows. normal: drawn around it.",
     )
     vectors: WordVectors | None = Field(None, description="wechsel: word vectors of the two languages.")
+    hypernet: HypernetSettings | None = Field(None, description="hypernet: { folder, language }.")
     atoms: Count = Field(64, description="omp: shared tokens that a row is written in.")
     pad_to_multiple_of: Count = Field(
         1, description="Rows of zeros behind the last token, up to a multiple of this; they are never generated."
@@ -131,6 +144,8 @@ class TokenizerRetrofitParams(Params):
             raise ValueError(f'vocabulary = "{self.vocabulary}" needs {needed[0]}')
         if (self.init == "wechsel") != (self.vectors is not None):
             raise ValueError('init = "wechsel" and vectors go together')
+        if (self.init == "hypernet") != (self.hypernet is not None):
+            raise ValueError('init = "hypernet" and hypernet go together')
         if self.init == "omp" and self.vocabulary != "replace-donor":
             raise ValueError('init = "omp" needs vocabulary = "replace-donor"')
         if self.init in ("focus", "blend") and self.corpus is None:

@@ -102,9 +102,10 @@ def made_patch(
     changes = metadata(checkpoint, total, None if same else moved, total - len(new.origins))
     specs = tables.specs(checkpoint, total)
     edits = {}
-    initial = Initial(old, new, params, run)
-    for role, name in tables.by_role().items():
-        rows = initial.rows(checkpoint.tensor(name), role)
+    by_role = tables.by_role()
+    initial = Initial(old, new, params, run, {role: checkpoint.tensor(name) for role, name in by_role.items()})
+    for role, name in by_role.items():
+        rows = initial.rows(role)
         edits[name] = Edit(specs[name], rows.operation(name, total - len(new.origins)))
     return Patch(
         edits=edits,

@@ -88,3 +88,21 @@ def drawn(table: LazyTensor, origins: Sequence[Origin], *, deviation: float, see
     brought = wide.mean(0) + deviation * wide.std(0) * noise
     parts = [[origin.kept] if origin.kept is not None else [place[index]] for index, origin in enumerate(origins)]
     return Rows(parts, None, brought)
+
+
+def predicted(table: LazyTensor, origins: Sequence[Origin], rows: Mapping[int, int], values: torch.Tensor) -> Rows:
+    """New rows from elsewhere, and means of pieces where there is none.
+
+    Args:
+        table: [rows, ...] the old one.
+        origins: of the new rows.
+        rows: the row of `values` for each new one that has one.
+        values: [n, ...].
+    """
+    import torch
+
+    means = subtoken_means(table, origins)
+    brought = values.float() if means.brought is None else torch.cat([means.brought, values.float()])
+    first = table.spec.rows + len(brought) - len(values)
+    parts = [[first + rows[index]] if index in rows else one for index, one in enumerate(means.parts)]
+    return Rows(parts, None, brought)
