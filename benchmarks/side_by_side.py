@@ -11,6 +11,7 @@ touched and given back, because fresh pages are slow on some virtual machines.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -122,15 +123,15 @@ def make_tokenizer(folder: Path) -> None:
     )
 
 
-def make_adapter(folder: Path, base: Path, layers: int) -> None:
-    """A LoRA of rank 16 for every q_proj, fp32."""
+def make_adapter(folder: Path, base: Path, layers: int, letters: str = "q") -> None:
+    """A LoRA of rank 16, fp32, for every projection of attention that `letters` (some of qkvo) names."""
     import torch
     from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(1)
     tensors = {}
-    for layer in range(layers):
-        at = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+    for layer, letter in itertools.product(range(layers), letters):
+        at = f"base_model.model.model.layers.{layer}.self_attn.{letter}_proj"
         tensors[f"{at}.lora_A.weight"] = 0.02 * torch.randn(RANK, HIDDEN, generator=generator)
         tensors[f"{at}.lora_B.weight"] = 0.02 * torch.randn(HIDDEN, RANK, generator=generator)
     folder.mkdir()
@@ -140,7 +141,7 @@ def make_adapter(folder: Path, base: Path, layers: int) -> None:
         "task_type": "CAUSAL_LM",
         "r": RANK,
         "lora_alpha": 32,
-        "target_modules": ["q_proj"],
+        "target_modules": [f"{letter}_proj" for letter in letters],
     }
     (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(base)}))
 
@@ -154,6 +155,7 @@ def write_recipes(root: Path) -> dict[str, Path]:
         "one": '[[steps]]\nuse = "lora-merge"\nadapter = "one"\n',
         "lora": lora.format(1),
         "lora2": lora.format(1) + lora.format(2),
+        "attention": '[[steps]]\nuse = "lora-merge"\nadapter = "attention"\n',
         "lora3": lora.format(1) + lora.format(2) + lora.format(3),
         "cast": '[output]\ndtype = "float16"\n',
     }
@@ -187,6 +189,8 @@ def jobs(root: Path, recipes: dict[str, Path], *, peers: bool) -> list[Job]:
         Job("regraft, durable", "LoRA into every q_proj", ours("lora"), True),
         Job("regraft, 2 steps", "LoRA into every q_proj", ours("lora2", fast), True),
         Job("regraft, 3 steps", "LoRA into every q_proj", ours("lora3", fast), True),
+        Job("regraft", "LoRA into every q, k, v, o", ours("attention", fast), True),
+        Job("regraft, durable", "LoRA into every q, k, v, o", ours("attention"), True),
         Job("regraft", "all bf16 to fp16", ours("cast", fast), True),
         Job("regraft, durable", "all bf16 to fp16", ours("cast"), True),
     ]
@@ -222,13 +226,14 @@ def peer_jobs(root: Path, python) -> list[Job]:  # noqa: ANN001 - a local closur
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
         model = AutoModelForCausalLM.from_pretrained("{base}", dtype=torch.bfloat16)
-        PeftModel.from_pretrained(model, "{root}/adapter").merge_and_unload().save_pretrained("{out}")
+        PeftModel.from_pretrained(model, "{root}/ADAPTER").merge_and_unload().save_pretrained("{out}")
     """
     return [
         Job("safetensors load + save", "config only", python(safetensors.replace("CAST", "v"))),
         Job("transformers load + save", "config only", python(transformers.replace("DTYPE", "bfloat16"))),
         Job("mergekit passthrough", "config only", mergekit("passthrough")),
-        Job("peft merge + save", "LoRA into every q_proj", python(merged)),
+        Job("peft merge + save", "LoRA into every q_proj", python(merged.replace("ADAPTER", "adapter"))),
+        Job("peft merge + save", "LoRA into every q, k, v, o", python(merged.replace("ADAPTER", "attention"))),
         Job("mergekit passthrough + LoRA", "LoRA into every q_proj", mergekit("with_lora")),
         Job("transformers load + save", "all bf16 to fp16", python(transformers.replace("DTYPE", "float16"))),
         Job("safetensors load + half + save", "all bf16 to fp16", python(safetensors.replace("CAST", "v.half()"))),
@@ -310,11 +315,12 @@ def main() -> None:
         root = (options.keep or Path(scratch)).resolve()
         root.mkdir(exist_ok=True)
         layers = 4 if options.small else LAYERS
-        if not (root / "base").exists():
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
+            if not (root / "base").exists():
                 apart.submit(make_base, root / "base", layers).result()
-                apart.submit(make_adapter, root / "adapter", root / "base", layers).result()
-                apart.submit(make_adapter, root / "one", root / "base", 1).result()
+            for name, count, letters in (("adapter", layers, "q"), ("one", 1, "q"), ("attention", layers, "qkvo")):
+                if not (root / name).exists():
+                    apart.submit(make_adapter, root / name, root / "base", count, letters).result()
         gigabytes = sum(path.stat().st_size for path in (root / "base").iterdir()) / 1e9
         table = jobs(root, write_recipes(root), peers=not options.small) + startup_jobs(root)
         samples: dict[Job, list[Sample]] = {job: [] for job in table}

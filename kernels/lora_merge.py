@@ -79,7 +79,8 @@ def reference(
     wide = torch.promote_types(weight.dtype, torch.float32)
     left, right = left.to(wide), right.to(wide)
     product = left @ right if wide == torch.float64 else _chain(left, right)
-    return _rounded(weight.to(wide) + product * scale, weight.dtype, seed, first_row)
+    summed = weight.to(wide) + product * scale
+    return summed.to(weight.dtype) if seed is None else round_stochastically(summed, weight.dtype, seed, first_row)
 
 
 def _chain(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -98,10 +99,6 @@ def _chain(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         away = torch.where((error > 0) == (summed > 0), 1, -1)
         total = torch.where((error != 0) & (bits % 2 == 0), bits + away, bits).view(torch.float64).float()
     return total
-
-
-def _rounded(values: torch.Tensor, dtype: torch.dtype, seed: int | None, first_row: int) -> torch.Tensor:
-    return values.to(dtype) if seed is None else round_stochastically(values, dtype, seed, first_row)
 
 
 def lora_merge(
@@ -189,7 +186,9 @@ def _blocked(merge: Merge) -> torch.Tensor:
             torch.add(part, total, alpha=alpha, out=out[block])
         else:
             summed = sums[: len(part)].copy_(part).add_(total, alpha=alpha)
-            out[block] = _rounded(summed, weight.dtype, merge.seed, merge.first_row + start)
+            if merge.seed is not None:
+                summed = round_stochastically(summed, weight.dtype, merge.seed, merge.first_row + start)
+            out[block] = summed
     return out
 
 
