@@ -26,7 +26,7 @@ def test_json(workplace):
     result = ran.json
     assert result["schema"] == 1
     assert (result["target"], result["verified"]) == ("out", "structure")
-    assert result["bytes"] == sum(path.stat().st_size for path in Path("out").iterdir())
+    assert result["bytes"] == sum(path.stat().st_size for path in Path("out").rglob("*") if path.is_file())
     assert [step["id"] for step in result["steps"]] == ["context-extension", "lora-merge"]
     assert result["changes"] == {"copied": 19, "rewritten": 2, "added": 0, "dropped": 0}
     assert result["copied_bytes"] + result["computed_bytes"] == 312576
