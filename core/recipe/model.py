@@ -133,7 +133,7 @@ class Output(_Frozen):
     def _adapter_settings(self) -> Self:
         """Refuse beside an adapter what is said of a whole checkpoint."""
         if self.format == "adapter":
-            for key in ("quantize", "shard_size", "verify"):
+            for key in ("quantize", "minimum_cosine", "shard_size", "verify"):
                 if getattr(self, key) != type(self).model_fields[key].default:
                     raise PydanticCustomError(
                         "adapter", '{key} is for whole checkpoints, and format is "adapter": leave it out', {"key": key}
