@@ -78,6 +78,7 @@ def e2e(session):
     session.run("python", "tests/end_to_end/smollm2.py", *session.posargs, env=ONE_THREAD)
     session.run("python", "tests/end_to_end/smollm2_eval.py", *session.posargs, env=ONE_THREAD)
     session.run("python", "tests/end_to_end/smollm2_vocabulary.py", *session.posargs, env=ONE_THREAD)
+    session.run("python", "tests/end_to_end/smollm2_calibration.py", *session.posargs, env=ONE_THREAD)
     session.run("python", "tests/end_to_end/smollm2_vlora.py", *session.posargs, env=ONE_THREAD)
     session.run("python", "tests/end_to_end/vlora_toy.py", *session.posargs, env=ONE_THREAD)
     session.run("python", "tests/end_to_end/forecast.py", *session.posargs, env=ONE_THREAD)
@@ -97,6 +98,7 @@ def bench(session):
     install(session, "tests", "bench")
     session.run("python", "benchmarks/side_by_side.py", *session.posargs)
     session.run("python", "benchmarks/training.py", *session.posargs, env=ONE_THREAD)
+    session.run("python", "benchmarks/calibrated_attention.py", *session.posargs, env=ONE_THREAD)
     session.run("python", "benchmarks/fourier_head.py", *session.posargs, env=ONE_THREAD)
     session.run("python", "benchmarks/vocabulary.py", *session.posargs, env=ONE_THREAD)
 

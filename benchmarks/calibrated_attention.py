@@ -1,10 +1,11 @@
 """Time and peak memory of calibrated attention beside torch's fused attention and a dense form written from the paper.
 
-    python benchmarks/calibrated_attention.py [short] [--heads 2 --width 64] [--rounds 3] [--device cpu]
+    python benchmarks/calibrated_attention.py [--small] [--write docs/benchmarks.md] [--heads 4] [--width 64]
 
-Lengths 512 to 16384 (short: to 2048). Every sample is a process of its own: operands with a sink, one small call that
-loads what it needs, then the calls. Memory is what the calls need at their peak above the operands: on a CPU by the
-kernel's accounting (ru_maxrss), on CUDA what torch allocated; it includes the output. Seconds are the least.
+Lengths 512 to 16384 (small: to 2048, in one round). Every sample is a process of its own: operands with a sink, one
+small call that loads what it needs, then the calls. Memory is what the calls need at their peak above the operands: on
+a CPU by the kernel's accounting (ru_maxrss), on CUDA what torch allocated; it includes the output. Seconds are the
+least of some calls: of processor time on a CPU, of wall time on CUDA.
 The dense form holds a few matrices of length x length for each head, and is left out where they are above --dense-gb.
 """
 
@@ -21,12 +22,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from document import machine, write_section
 from torch.nn import functional as F
 
 from regraft.kernels.calibrated_attention import Calibration, calibrated_attention
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-SHORT = LENGTHS[:3]
+SMALL = LENGTHS[:3]
 FORMS = ("fused, not calibrated", "causal scope", "prompt scope", "dense, from the paper")
 _DENSE_COPIES = 5
 
@@ -72,6 +74,7 @@ def sample(name: str, length: int, heads: int, width: int, dtype: str, device: s
     """Peak bytes above the operands, and seconds of a call; runs in the child."""
     form, some = form_of(name), operands(length, heads, width, dtype, device)
     cuda = device.startswith("cuda")
+    clock = time.perf_counter if cuda else time.process_time
     with torch.no_grad():
         form(*operands(64, heads, width, dtype, device))
         before = torch.cuda.memory_allocated() if cuda else rss()
@@ -79,11 +82,11 @@ def sample(name: str, length: int, heads: int, width: int, dtype: str, device: s
             torch.cuda.reset_peak_memory_stats()
         seconds = []
         for _ in range(calls):
-            begun = time.perf_counter()
+            begun = clock()
             form(*some)
             if cuda:
                 torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - begun)
+            seconds.append(clock() - begun)
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"peak": peak - before, "seconds": min(seconds)}
 
@@ -101,15 +104,17 @@ def in_child(name: str, length: int, arguments: argparse.Namespace) -> dict[str,
 def table(arguments: argparse.Namespace) -> str:
     """Rounds take turns; the rows are their medians."""
     samples: dict[tuple[int, str], list[dict[str, float]]] = {}
-    for _ in range(arguments.rounds):
-        for length in SHORT if arguments.form else LENGTHS:
+    rounds = 1 if arguments.small else arguments.rounds
+    for _ in range(rounds):
+        for length in SMALL if arguments.small else LENGTHS:
             for name in FORMS:
                 matrices = _DENSE_COPIES * arguments.heads * length**2 * (4 if arguments.dtype == "float32" else 2)
                 if name != FORMS[-1] or matrices <= arguments.dense_gb * 1e9:
                     samples.setdefault((length, name), []).append(in_child(name, length, arguments))
-    shape = f"{arguments.heads} heads of {arguments.width}, {arguments.dtype}, {arguments.device}"
+    shape = f"{arguments.heads} calibrated heads of {arguments.width}, {arguments.dtype}, {arguments.device}"
+    drawn = "the first key and one sink draw about half of the weight"
     lines = [
-        f"{shape}; medians of {arguments.rounds} rounds.",
+        f"{shape}, threads: {torch.get_num_threads()}; {drawn}. Medians, rounds: {rounds}.",
         "",
         "| length | form | seconds | x fused | peak above operands, MB |",
         "|---|---|---|---|---|",
@@ -127,13 +132,17 @@ def main() -> None:
         print(json.dumps(sample(name, int(length), int(heads), int(width), dtype, device, int(calls))))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("form", nargs="?", choices=("short",), help="lengths to 2048")
-    for name, default in (("heads", 2), ("width", 64), ("rounds", 3), ("calls", 2)):
+    parser.add_argument("--small", action="store_true", help="a smoke test: lengths to 2048, one round")
+    parser.add_argument("--write", type=Path, default=Path("docs/benchmarks.md"))
+    for name, default in (("heads", 4), ("width", 64), ("rounds", 3), ("calls", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dense-gb", type=float, default=3.0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    print(table(parser.parse_args()))
+    arguments = parser.parse_args()
+    lines = table(arguments)
+    print(lines)
+    write_section(arguments.write, "Calibrated attention", [machine("torch"), "", lines])
 
 
 if __name__ == "__main__":

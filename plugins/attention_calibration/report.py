@@ -42,7 +42,7 @@ def metrics(found: Found) -> dict[str, Any]:
     return {
         "heads": [list(head) for head in found.heads],
         "gains": {f"{layer}.{head}": found.gains[layer, head] for layer, head in found.heads},
-        "reason": found.reason,
+        **({"reason": found.reason} if found.reason else {}),
         "helpful_alone": found.helpful,
         "tried": found.tried,
         "without_sinks": found.without_sinks,
