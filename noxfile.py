@@ -82,6 +82,7 @@ def e2e(session):
     session.run("python", "tests/end_to_end/smollm2_vlora.py", *session.posargs, env=ONE_THREAD)
     session.run("python", "tests/end_to_end/vlora_toy.py", *session.posargs, env=ONE_THREAD)
     session.run("python", "tests/end_to_end/forecast.py", *session.posargs, env=ONE_THREAD)
+    session.run("python", "tests/end_to_end/smollm2_fourier.py", *session.posargs, env=ONE_THREAD)
     session.run("python", "tests/end_to_end/smollm2_training.py", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
 
 
