@@ -94,14 +94,15 @@ def test_the_plan_is_exact_and_the_folder_verifies(llama, tmp_path):
     done("apply", recipe, "-o", out, "--threads", "1")
     done("apply", recipe, "-o", again, "--threads", "3")
     assert tree(out) == tree(again)
-    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "regraft.lock.json"} == set(tree(out))
+    files = {"README.md", "adapter_config.json", "adapter_model.safetensors", "regraft.lock.json"}
+    assert {name for name in tree(out) if not name.startswith("regraft/") and name != "regraft"} == files
     sizes = {name: (out / name).stat().st_size for name in (*plan["weight_files"], *plan["files"])}
     assert sizes == {**plan["weight_files"], **plan["files"]}
     assert {tensor.dtype for tensor in load_file(out / "adapter_model.safetensors").values()} == {torch.float16}
     assert str(tmp_path) not in (out / "regraft.lock.json").read_text() + (out / "README.md").read_text()
     report = verify_folder(out)
     assert not report.faults
-    assert report.agreeing == 4 + 2
+    assert report.agreeing == 4 + 3  # factors, and the files but for the lock itself
     done("apply", recipe, "-o", out, "--force")
     factors = load_file(out / "adapter_model.safetensors")
     name = next(name for name in factors if name.endswith("lora_A.weight"))
