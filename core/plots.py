@@ -20,6 +20,7 @@ _STYLE = {
 }  # fmt: skip
 _MOST_LEGEND = 12
 _MOST_TICKS = 24
+_FLAT_LABELS = 6
 
 
 def loss_curve(losses: Sequence[float], *, title: str, held_out: Mapping[int, float] | None = None) -> bytes:
@@ -132,6 +133,27 @@ def fan_chart(
         axes.plot(ahead, [*last, *actual], color="C3", linestyle="--", label="what came")
         axes.legend()
         axes.set(title=title, xlabel=x, ylabel=y)
+    return png.getvalue()
+
+
+def bar_chart(groups: Mapping[str, Mapping[str, float]], *, title: str, y: str) -> bytes:
+    """Groups of bars side by side, one bar in each for every series.
+
+    Args:
+        groups: height by series, by group; all groups have the same series.
+        title: of the plot.
+        y: what the heights are.
+    """
+    series = list(next(iter(groups.values()), {}))
+    width = 0.8 / max(1, len(series))
+    with _axes() as (axes, png):
+        for number, name in enumerate(series):
+            places = [place + (number - (len(series) - 1) / 2) * width for place in range(len(groups))]
+            axes.bar(places, [group[name] for group in groups.values()], width, label=name)
+        axes.set_xticks(range(len(groups)), list(groups), rotation=45 if len(groups) > _FLAT_LABELS else 0)
+        if len(series) > 1:
+            axes.legend()
+        axes.set(title=title, ylabel=y)
     return png.getvalue()
 
 

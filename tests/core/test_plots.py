@@ -6,7 +6,7 @@ import sys
 import pytest
 from matplotlib.image import imread
 
-from regraft.core.plots import fan_chart, heat_map, line_chart, loss_curve
+from regraft.core.plots import bar_chart, fan_chart, heat_map, line_chart, loss_curve
 
 PLOTS = {
     "loss": lambda shift: loss_curve([3.0 + shift, 2.0, 1.5], title="loss"),
@@ -22,6 +22,7 @@ PLOTS = {
         [1, 2, 1], [3, 2], [2, 2 + shift], {0.5: ([1, 1], [3, 3]), 0.95: ([0, 0], [4, 5])}, title="t", x="x", y="y"
     ),
     "fan without a past": lambda shift: fan_chart([], [3, 2], [2, 2 + shift], {}, title="t", x="x", y="y"),
+    "bars": lambda shift: bar_chart({f"{n}.txt": {"old": 3, "new": 2 + shift} for n in range(3)}, title="t", y="y"),
     "no lines": lambda shift: line_chart({}, title=f"t{shift}", x="x", y="y"),
     "map": lambda shift: heat_map([[0, 1 + shift], [float("nan"), 3]], title="t", x="head", y="layer", marks=[(1, 1)]),
     "named map": lambda shift: heat_map(
