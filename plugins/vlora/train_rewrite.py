@@ -17,7 +17,7 @@ from regraft.plugins.vlora.folder import GeneratorFolder, open_generator
 from regraft.plugins.vlora.places import check_model
 from regraft.plugins.vlora.settings import TYPES, GeneratorSettings, settings_for
 from regraft.plugins.vlora.train_data import check_files
-from regraft.plugins.vlora.train_own import OWN_CONFIG, OWN_WEIGHTS, config_change, own_generator, own_settings
+from regraft.plugins.vlora.train_own import OWN, OWN_CONFIG, OWN_WEIGHTS, config_change, own_generator, own_settings
 from regraft.plugins.vlora.train_params import NewGenerator, VloraTrainParams
 from regraft.plugins.vlora.train_pictures import sight_of, tower_for
 from regraft.plugins.vlora.widen import check_widening
@@ -56,6 +56,7 @@ class Aim:
         architecture = architecture_of(checkpoint.config, checkpoint.specs, families=host().architectures())
         own = own_settings(checkpoint) if params.generator is None and params.new is None else None
         if own is None and params.generator is None:
+            _refuse_orphan(checkpoint, params)
             settings = _new(architecture, params)
             notes = (f"a new generator: {_words(settings)}", *_parallel(settings, architecture))
             return cls(architecture, settings, None, notes)
@@ -105,6 +106,20 @@ def outline(checkpoint: Checkpoint, params: VloraTrainParams) -> Outline:
         + training_bytes(checkpoint, learnt, tokens=params.micro_batch * (params.data.max_tokens or _USUAL_TOKENS)),
         scratch_bytes=state_bytes(learnt) + generator * _FP32,
     )
+
+
+def _refuse_orphan(checkpoint: Checkpoint, params: VloraTrainParams) -> None:
+    """Refuse to begin anew unasked where the base was trained together with a generator.
+
+    Raises:
+        UsageError: the base has the config of one.
+    """
+    if OWN_CONFIG in checkpoint.files and params.new is None:
+        raise UsageError(
+            "the base was made together with a generator, whose weights are not read with it", where="generator",
+            found=f"{checkpoint.label}: {OWN_CONFIG}",
+            remedy=f'name it to go on: generator = ".../{OWN}"; or give `new` for a new one',
+        )  # fmt: skip
 
 
 def _tower_bytes(params: VloraTrainParams, settings: GeneratorSettings) -> int:

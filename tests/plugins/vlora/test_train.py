@@ -38,7 +38,7 @@ from tests.plugins.vlora.train_support import (
     write,
     write_features,
 )
-from tests.running import done, write_recipe
+from tests.running import done, regraft, write_recipe
 
 ROOT = Path(__file__).parents[3]
 
@@ -278,3 +278,7 @@ def test_steps_behind_it_take_its_generator_and_later_recipes_its_folder(llama, 
     assert not same_bits(loaded(open_checkpoint("three")), loaded(open_checkpoint("two")))
     assert names(Path("two/vlora")) == ["config.json", "model.safetensors"]
     assert not Path("three/vlora").exists()
+    again = {key: value for key, value in second.items() if key != "id"}
+    refused = regraft("plan", write_recipe(lesson / "again.toml", "two", again))
+    assert refused.code == 2
+    assert "the base was made together with a generator" in refused.err
