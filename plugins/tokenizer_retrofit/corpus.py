@@ -87,16 +87,19 @@ def count_words(
     Args:
         texts: raw.
         old: whose normaliser and pre-tokenizer cut the words, and whose model spells them. Without a pre-tokenizer
-            a word begins at the mark of a space, as long as no token of the vocabulary spans words.
+            a word begins at the mark of a space, as long as no token of the vocabulary spans words. Added tokens are
+            matched before, so they are no part of any word.
         tell: called with the number of characters read so far.
     """
     tokenizer = old.backend()
     marked = old.spelling == "pieces" and not old.spans_words
+    verbatim = _verbatim(old)
     pieces: Counter[str] = Counter()
     read = 0
     for text in texts:
         for part in _parts(text):
-            pieces.update(_cut(part, tokenizer, marked))
+            for between in verbatim.split(part) if verbatim is not None else (part,):
+                pieces.update(_cut(between, tokenizer, marked))
             read += len(part)
             if tell is not None:
                 tell(read)
@@ -106,6 +109,12 @@ def count_words(
         if word:
             words[word] += count
     return words
+
+
+def _verbatim(old: TokenizerFile) -> re.Pattern[str] | None:
+    """Where an added token stands, the longest first."""
+    tokens = sorted(filter(None, old.verbatim), key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, tokens))) if tokens else None
 
 
 def _parts(text: str) -> Iterator[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from regraft.core.checkpoint import Checkpoint
-from regraft.core.errors import TransformationError
+from regraft.core.errors import InputError, TransformationError
 from regraft.core.transformation import Run
 from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
 from regraft.plugins.tokenizer_retrofit.vocabulary import NewVocabulary
@@ -48,9 +48,14 @@ def prove(
         Tokens for each word of the sample, before and after; JSON values.
 
     Raises:
-        TransformationError: transformers cuts a text otherwise than the file says; a text is decoded worse than before;
-            a chat is rendered otherwise.
+        TransformationError: a token has another id than the file says; transformers cuts a text otherwise than the
+            file says; a text is decoded worse than before; a chat is rendered otherwise, or, where no token is new, cut
+            otherwise.
     """
+    if (stray := new.tokenizer.stray()) is not None:
+        token, wanted, found = stray
+        raise TransformationError("tokenizers gives a token another id than tokenizer.json", where=repr(token),
+                                  expected=wanted, found=found)  # fmt: skip
     sample = _sample(texts)
     probes = [*PROBES, *sample[:50]]
     plain, stock = new.tokenizer.backend(), run.tokenizer(after)
@@ -58,8 +63,32 @@ def prove(
         _check_stock(probe, plain, stock)
     _check_losses(probes, old.backend(), plain)
     figures = fertility(sample, old.backend(), plain)
-    _check_chat(run.tokenizer(before), stock)
+    _check_chat(run.tokenizer(before), stock, old.backend(), new)
     return figures
+
+
+def check_base(before: Checkpoint, old: TokenizerFile, run: Run) -> tuple[str, ...]:
+    """Whether the base's own tokenizer is what its tokenizer.json says.
+
+    Returns:
+        A note where transformers cuts texts otherwise for the base, because of its class: the result is cut as the
+        file says.
+
+    Raises:
+        InputError: `tokenizers` gives a token another id than the file, so that it is not known which row is its own.
+    """
+    if (stray := old.stray()) is not None:
+        token, wanted, found = stray
+        raise InputError("tokenizers gives a token another id than the file says", where=f"{old.label}: {token!r}",
+                         expected=wanted, found=found,
+                         remedy="number added tokens from the number of the model's tokens on")  # fmt: skip
+    plain, stock = old.backend(), run.tokenizer(before)
+    for probe in PROBES:
+        if stock(probe, add_special_tokens=False)["input_ids"] != plain.encode(probe, add_special_tokens=False).ids:
+            kind = type(stock).__name__
+            note = f"transformers, by its class {kind}, cuts {probe[:20]!r} otherwise than the base's tokenizer.json"
+            return (f"{note}; the result is cut as the file says",)
+    return ()
 
 
 def fertility(sample: Sequence[str], old: Tokenizer, new: Tokenizer) -> dict[str, Any]:
@@ -108,10 +137,18 @@ def _check_losses(probes: Sequence[str], old: Tokenizer, new: Tokenizer) -> None
                                       expected=repr(before), found=repr(after))  # fmt: skip
 
 
-def _check_chat(before: Any, after: Any) -> None:
+def _check_chat(before: Any, after: Any, plain: Tokenizer, new: NewVocabulary) -> None:
     if not before.chat_template:
         return
     chat: list[Mapping[str, str]] = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi."}]
     one, other = (tokenizer.apply_chat_template(chat, tokenize=False) for tokenizer in (before, after))
     if one != other:
         raise TransformationError("a chat is rendered otherwise than before", expected=repr(one), found=repr(other))
+    if any(origin.kept is None for origin in new.origins):
+        return
+    moved = new.new_id()
+    wanted = [moved.get(index) for index in plain.encode(one, add_special_tokens=False).ids]
+    found = new.tokenizer.backend().encode(one, add_special_tokens=False).ids
+    if found != wanted:
+        raise TransformationError("a chat is cut otherwise than before", where=repr(one), expected=wanted[:20],
+                                  found=found[:20], remedy="name its words in `keep`")  # fmt: skip

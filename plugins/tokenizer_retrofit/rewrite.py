@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from regraft.core.checkpoint import Checkpoint, FileRef
+from regraft.core.errors import Unsupported
 from regraft.core.jsonio import dump
 from regraft.core.patch import Edit, Outline, Patch, overlay
 from regraft.core.training.footprint import state_bytes, training_bytes
@@ -16,7 +17,7 @@ from regraft.core.verify.structure import TOKENIZER
 from regraft.plugins.tokenizer_retrofit.initial import Initial
 from regraft.plugins.tokenizer_retrofit.metadata import metadata, movable
 from regraft.plugins.tokenizer_retrofit.params import AdaptSettings, TokenizerRetrofitParams
-from regraft.plugins.tokenizer_retrofit.proof import prove
+from regraft.plugins.tokenizer_retrofit.proof import check_base, prove
 from regraft.plugins.tokenizer_retrofit.sources import check_source, corpus_of, make_vocabulary, most_rows
 from regraft.plugins.tokenizer_retrofit.tables import Tables
 from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
@@ -27,7 +28,10 @@ ID_MAP, REPORT = "id_map.json", "retrofit_report.json"
 
 def check(checkpoint: Checkpoint, params: TokenizerRetrofitParams) -> None:
     """Refuse what headers, config and tokenizer.json show to be impossible."""
-    Tables.of(checkpoint, TokenizerFile.of(checkpoint))
+    tables = Tables.of(checkpoint, TokenizerFile.of(checkpoint))
+    if not tables.causal and (params.adapt or params.held_out) is not None:
+        raise Unsupported("this model does not predict the next token", where=checkpoint.label,
+                          found=checkpoint.config.get("model_type"), remedy="leave adapt and held_out out")  # fmt: skip
     check_source(params)
 
 
@@ -64,11 +68,12 @@ def apply(checkpoint: Checkpoint, params: TokenizerRetrofitParams, run: Run) -> 
     """Make the vocabulary and its rows, and prove the tokenizer.
 
     Raises:
-        InputError: the corpus is empty, no text, or has nothing to merge.
+        InputError: the corpus is empty, no text, or has nothing to merge; a token's id is in doubt.
         TransformationError: the tokenizer does not do what it should; see `prove`.
     """
     old = TokenizerFile.of(checkpoint)
     tables = Tables.of(checkpoint, old)
+    remarks = check_base(checkpoint, old, run)
     new = make_vocabulary(checkpoint, old, tables, params, run)
     patch = made_patch(checkpoint, tables, old, new, params, run)
     after = overlay(checkpoint, patch, by=run.step)
@@ -84,7 +89,7 @@ def apply(checkpoint: Checkpoint, params: TokenizerRetrofitParams, run: Run) -> 
         patch, more, reports = measured(checkpoint, after, patch, tables, new, params, run)
         figures |= more
     reports |= {ID_MAP: FileRef(data=_json(new.id_map())), REPORT: FileRef(data=_json(figures))}
-    return replace(patch, metrics=figures, reports=reports)
+    return replace(patch, metrics=figures, reports=reports, notes=(*patch.notes, *remarks))
 
 
 def made_patch(

@@ -21,12 +21,14 @@ class Tables:
         head: of the output; None where it is the embeddings.
         bias: of the head; None without.
         rows: of each.
+        causal: whether the family is known, or seen, to predict the next token; not so for encoders.
     """
 
     embeddings: str
     head: str | None
     bias: str | None
     rows: int
+    causal: bool = True
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, tokenizer: TokenizerFile) -> Tables:
@@ -38,12 +40,10 @@ class Tables:
         """
         architecture = architecture_of(checkpoint.config, checkpoint.specs)
         embeddings = architecture.slot("embed_tokens").tensor
-        found = cls(
-            embeddings,
-            _own_head(checkpoint, architecture, embeddings),
-            _bias(checkpoint, architecture),
-            checkpoint.specs[embeddings].rows,
-        )
+        causal = architecture.has("lm_head")
+        own = _own_head(checkpoint, architecture, embeddings) if causal else _tall(checkpoint, embeddings, 2)
+        bias = _bias(checkpoint, architecture) if causal else _tall(checkpoint, embeddings, 1)
+        found = cls(embeddings, own, bias, checkpoint.specs[embeddings].rows, causal)
         found._check(checkpoint, tokenizer)
         return found
 
@@ -94,3 +94,13 @@ def _own_head(checkpoint: Checkpoint, architecture: Architecture, embeddings: st
 def _bias(checkpoint: Checkpoint, architecture: Architecture) -> str | None:
     bias = architecture.slot("lm_head").tensor.removesuffix("weight") + "bias"
     return bias if bias in checkpoint.specs else None
+
+
+def _tall(checkpoint: Checkpoint, embeddings: str, axes: int) -> str | None:
+    """The tensor beside the embeddings that has a row, or a number, for each token; None without."""
+    shape = checkpoint.specs[embeddings].shape[:axes]
+    found = [name for name, spec in checkpoint.specs.items() if name != embeddings and spec.shape == shape]
+    if len(found) > 1:
+        raise Unsupported("several tensors may have a row for each token", where=", ".join(found), expected="one",
+                          remedy="this model has more tables than embeddings and a head")  # fmt: skip
+    return found[0] if found else None

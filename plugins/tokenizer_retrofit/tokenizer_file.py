@@ -61,7 +61,8 @@ class TokenizerFile:
         """The one of a checkpoint.
 
         Raises:
-            Unsupported: there is none, or its model is none of BPE, Unigram and WordPiece.
+            Unsupported: there is none, its model is none of BPE, Unigram and WordPiece, or cuts by chance or by marks
+                that are no bytes of the text.
             InputError: it is malformed.
         """
         if TOKENIZER not in checkpoint.files:
@@ -86,6 +87,7 @@ class TokenizerFile:
         if kind not in _KINDS:
             raise Unsupported("tokenizers of this kind cannot be changed", where=label,
                               expected=", ".join(_KINDS), found=kind)  # fmt: skip
+        _refuse_settings(model, kind, label)
         vocab = _vocab(model, kind, label)
         added = sorted(_added(document, label), key=lambda token: token.id)
         return cls(document, label, cast(Kind, kind), _spelling(document, kind), vocab, tuple(added))
@@ -166,6 +168,32 @@ class TokenizerFile:
             return Tokenizer.from_buffer(dump(self.document))
         except Exception as error:  # the library raises Exception itself
             raise InputError("the tokenizers library does not read the file", where=self.label, found=error) from None
+
+    def stray(self) -> tuple[str, int, int | None] | None:
+        """The first token to which `tokenizers` gives another id than the file: it, the file's id, the other one.
+
+        It numbers added tokens that the model lacks from the number of tokens on, whatever the file says.
+        """
+        found = self.backend().get_vocab(with_added_tokens=True)
+        strays = (token for token, index in self.ids.items() if found.get(token) != index)
+        token = next(strays, None)
+        return None if token is None else (token, self.ids[token], found.get(token))
+
+
+def _refuse_settings(model: Mapping[str, Any], kind: str, label: str) -> None:
+    """Refuse what makes a token's text other than its bytes, and its cut a matter of chance."""
+    if model.get("dropout"):
+        raise Unsupported("a BPE with dropout cuts the same text in many ways", where=f"{label}: model.dropout",
+                          found=model["dropout"], remedy="set it to null")  # fmt: skip
+    prefix = model.get("continuing_subword_prefix")
+    for key, value, allowed in (
+        ("continuing_subword_prefix", prefix, ("", CONTINUES) if kind == "WordPiece" else ("",)),
+        ("end_of_word_suffix", model.get("end_of_word_suffix"), ("",)),
+    ):
+        if value and value not in allowed:
+            raise Unsupported("tokens of this kind have marks that are no bytes of the text",
+                              where=f"{label}: model.{key}", expected=" or ".join(map(repr, allowed)),
+                              found=repr(value))  # fmt: skip
 
 
 def _vocab(model: Mapping[str, Any], kind: str, label: str) -> dict[str, int]:
