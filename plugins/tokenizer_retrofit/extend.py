@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
 
-from regraft.core.errors import InputError
+from regraft.core.errors import InputError, Unsupported
 from regraft.plugins.tokenizer_retrofit.assembly import added_entries, assemble
 from regraft.plugins.tokenizer_retrofit.corpus import count_words
 from regraft.plugins.tokenizer_retrofit.merges import Merge, Word, learn_merges
-from regraft.plugins.tokenizer_retrofit.spelling import byte_piece
+from regraft.plugins.tokenizer_retrofit.spelling import CHARACTERS, byte_piece
 from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
 from regraft.plugins.tokenizer_retrofit.vocabulary import NewVocabulary, Origin
 
@@ -30,6 +31,7 @@ def extend(
     size: int,
     min_count: int,
     max_length: int,
+    repair_bytes: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> NewVocabulary:
     """The old vocabulary and up to `size` tokens more.
@@ -41,16 +43,22 @@ def extend(
         size: most new tokens.
         min_count: pairs seen less often are not merged.
         max_length: of a new token, in characters of the vocabulary's alphabet.
+        repair_bytes: append the bytes that a byte-level vocabulary lacks, before the new tokens; their rows are the
+            mean of all, and no merge goes through them.
         tell: shows progress.
 
     Raises:
+        Unsupported: bytes are to be repaired in a vocabulary that is not byte-level.
         InputError: nothing in the corpus can be merged; `tokenizers` does not read the file.
     """
-    words = count_words(texts, old, tell=_telling(tell, "{:,} characters of the corpus read", every=1 << 20))
-    if old.spelling == "pieces":
-        words = _without_bytes(words)
+    missing = missing_bytes(old) if repair_bytes else []
+    bytes_ = {symbol: old.rows + place for place, symbol in enumerate(missing)}
+    able = assemble(old, {**old.ids, **bytes_}, merges=old.merges, added=added_entries(old)) if missing else old
+    words = count_words(texts, able, tell=_telling(tell, "{:,} characters of the corpus read", every=1 << 20))
+    if apart := [*map(byte_piece, range(256))] if old.spelling == "pieces" else missing:
+        words = _parted(words, frozenset(apart))
     merges = learn_merges(
-        words, size, taken=old.ids, min_count=min_count, max_length=max_length, join=old.joined,
+        words, size, taken=able.ids, min_count=min_count, max_length=max_length, join=old.joined,
         tell=_telling(tell, f"{{}} of {size} merges learnt", every=512),
     )  # fmt: skip
     if not merges:
@@ -59,14 +67,33 @@ def extend(
             remedy="give more text, or lower min_count",
         )  # fmt: skip
     compositions = _compositions(old.ids, merges)
-    ids = dict(zip(compositions, range(old.rows, old.rows + len(merges)), strict=True))
+    ids = dict(zip(compositions, range(able.rows, able.rows + len(merges)), strict=True))
     pairs = [*old.merges, *((merge.left, merge.right) for merge in merges)]
-    new = assemble(old, {**old.ids, **ids}, merges=pairs, scores=_scores(old, merges), added=added_entries(old))
+    new = assemble(old, {**able.ids, **ids}, merges=pairs, scores=_scores(old, merges), added=added_entries(old))
     origins = [Origin(kept=index) for index in range(rows)] + [Origin()] * (new.rows - rows)
+    for index in bytes_.values():
+        origins[index] = Origin()
     for token, index in ids.items():
         origins[index] = Origin(parts=compositions[token])
-    notes = (f"{len(merges)} of {size} tokens: no other pair stands {min_count} times in the corpus",)
-    return NewVocabulary(new, origins, {"merges": len(merges)}, notes if len(merges) < size else ())
+    notes = [f"{len(merges)} of {size} tokens: no other pair stands {min_count} times in the corpus"]
+    if len(merges) == size:
+        notes = []
+    if repair_bytes:
+        notes.append(f"{len(missing)} bytes that the vocabulary lacked")
+    figures = {"merges": len(merges), **({"repaired_bytes": len(missing)} if repair_bytes else {})}
+    return NewVocabulary(new, origins, figures, tuple(notes))
+
+
+def missing_bytes(old: TokenizerFile) -> list[str]:
+    """The byte symbols that a byte-level vocabulary lacks, in order of bytes; text that holds them is lost.
+
+    Raises:
+        Unsupported: it is not byte-level.
+    """
+    if old.spelling != "bytes":
+        raise Unsupported("only byte-level vocabularies have bytes to repair", where=old.label,
+                          remedy="leave repair_bytes out")  # fmt: skip
+    return [symbol for _, symbol in sorted(CHARACTERS.items()) if symbol not in old.vocab]
 
 
 def _telling(tell: Callable[[str], None], line: str, *, every: int) -> Callable[[int], None]:
@@ -82,18 +109,13 @@ def _telling(tell: Callable[[str], None], line: str, *, every: int) -> Callable[
     return show
 
 
-def _without_bytes(words: Mapping[Word, int]) -> Counter[Word]:
-    """Words cut at byte pieces: a token of several of them would not be decoded as bytes."""
-    pieces = {byte_piece(byte) for byte in range(256)}
+def _parted(words: Mapping[Word, int], apart: frozenset[str]) -> Counter[Word]:
+    """Words cut at some tokens that are to stay alone: a token of several byte pieces, say, would not be decoded."""
     found: Counter[Word] = Counter()
     for word, count in words.items():
-        run: list[str] = []
-        for token in [*word, byte_piece(0)]:
-            if token not in pieces:
-                run.append(token)
-            elif run:
+        for alone, run in groupby(word, apart.__contains__):
+            if not alone:
                 found[tuple(run)] += count
-                run = []
     return found
 
 

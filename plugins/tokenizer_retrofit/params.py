@@ -21,6 +21,7 @@ _USED = {
     "donor": ("replace-donor",),
     "add": ("add-tokens",),
     "keep": ("trim",),
+    "repair_bytes": ("extend",),
 }
 _NEEDED = {
     "extend": ("corpus",),
@@ -100,6 +101,11 @@ class TokenizerRetrofitParams(Params):
     max_length: Annotated[int, Field(ge=2)] = Field(
         32, description="extend: characters of a new token, in the alphabet of the vocabulary: bytes where byte-level."
     )
+    repair_bytes: bool = Field(
+        False,
+        description="extend: append the bytes that a byte-level vocabulary lacks, so that no text is lost; their rows "
+        "are the mean of all.",
+    )
     algorithm: Literal["bpe", "unigram", "longest-match"] = Field(
         "bpe", description="replace-train: the model of the new vocabulary."
     )
@@ -135,7 +141,7 @@ class TokenizerRetrofitParams(Params):
 
     @model_validator(mode="after")
     def _keys_fit(self) -> Self:
-        given = {key for key in _USED if getattr(self, key) not in (None, ())}
+        given = {key for key in _USED if getattr(self, key) not in (None, (), False)}
         used = {key for key, kinds in _USED.items() if self.vocabulary in kinds}
         if strays := sorted(given - used):
             raise ValueError(f'{strays[0]} is not for vocabulary = "{self.vocabulary}": leave it out')

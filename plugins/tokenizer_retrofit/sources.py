@@ -35,7 +35,11 @@ def check_source(params: TokenizerRetrofitParams) -> None:
 
 
 def most_rows(old: TokenizerFile, tables: Tables, params: TokenizerRetrofitParams) -> int:
-    """An upper bound of the rows of the new embeddings, before padding."""
+    """An upper bound of the rows of the new embeddings, before padding.
+
+    Raises:
+        Unsupported: as `missing_bytes`.
+    """
     if params.vocabulary == "trim":
         return tables.rows
     if params.vocabulary == "replace-train":
@@ -44,6 +48,10 @@ def most_rows(old: TokenizerFile, tables: Tables, params: TokenizerRetrofitParam
         assert params.donor is not None
         return len(old.added) + open_donor(params.donor).rows + 1
     new = len(params.add) if params.vocabulary == "add-tokens" else params.size or EXTENSION
+    if params.repair_bytes:
+        from regraft.plugins.tokenizer_retrofit.extend import missing_bytes
+
+        new += len(missing_bytes(old))
     return max(tables.rows, old.rows + new)
 
 
@@ -78,7 +86,7 @@ def _extend(
     del checkpoint
     return extend(
         old, tables.rows, _texts(params), size=params.size or EXTENSION, min_count=params.min_count or 3,
-        max_length=params.max_length, tell=run.tell,
+        max_length=params.max_length, repair_bytes=params.repair_bytes, tell=run.tell,
     )  # fmt: skip
 
 

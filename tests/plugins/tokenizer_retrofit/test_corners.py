@@ -265,3 +265,31 @@ def test_a_result_whose_ids_are_not_those_of_the_file_fails(tmp_path, corpus, mo
     monkeypatch.setattr(TokenizerFile, "stray", lambda self: next(seen))
     with pytest.raises(TransformationError, match="gives a token another id"):
         toys.retrofit(folder, corpus)
+
+
+def test_repaired_bytes_are_the_mean_of_all_rows_and_no_text_is_lost(tmp_path):
+    text = tmp_path / "nl.txt"
+    text.write_text(toys.DUTCH + "a\x13b \x13\x13 " * 20 + "\U00040000\n")
+    folder = toys.save("llama", tmp_path / "base", rows=310)
+    gone = {chr(256 + 0x13), "\u00f1", "\u0100", "\u00c1"}
+
+    def without(given):
+        kept = [token for token in given["model"]["vocab"] if token not in gone][:300]
+        merges = [pair for pair in given["model"]["merges"] if {*pair, "".join(pair)} <= set(kept)]
+        given["model"].update(vocab={token: index for index, token in enumerate(kept)}, merges=merges)
+
+    edited(folder, without)
+    before, after, patch = toys.retrofit(folder, text, repair_bytes=True)
+    old, new = TokenizerFile.of(before), TokenizerFile.of(after)
+    lost = "a\x13b \x00"
+    assert old.backend().decode(ids(old, lost)) != lost
+    for one in [lost, "\U00040000", toys.DUTCH, *map(chr, range(256))]:
+        assert new.backend().decode(ids(new, one), skip_special_tokens=False) == one
+    assert [new.tokens[index] for index in range(300, 304)] == sorted(gone, key=lambda one: new.bytes_of(one))
+    assert not any(set(token) & gone for token in new.tokens.values() if len(token) > 1)
+    table = before.load("model.embed_tokens.weight")
+    for index in range(300, 304):
+        torch.testing.assert_close(after.load("model.embed_tokens.weight")[index], table.mean(0))
+    assert patch.metrics["repaired_bytes"] == patch.metrics["unspelled"] == 4
+    with pytest.raises(Unsupported, match="byte-level"):
+        toys.retrofit(toys.save("llama", tmp_path / "pieces", "piece-bpe"), text, repair_bytes=True)
