@@ -1,7 +1,8 @@
 """Code inside a checkpoint, for behaviour that no stock class can express.
 
 One self-contained modeling file, made from a template that ships with a plugin, in which literals alone are filled in.
-It needs torch and transformers and nothing else, so the checkpoint works where regraft was never installed.
+It needs torch and transformers, and what transformers brings, and nothing else, so the checkpoint works where regraft
+was never installed.
 
 transformers loads the stock class, without a word, when a checkpoint's code is not trusted. Where that would drop the
 method, config.json also names an attention implementation that only the code registers: then such a load raises.
@@ -35,7 +36,8 @@ STOCK_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flas
 _PLACEHOLDER = re.compile(r"\$([A-Za-z_][A-Za-z0-9_]*)")
 _SAFE_TEXT = re.compile(r"[A-Za-z0-9_.,:/ -]*", re.ASCII)
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
-_IMPORTABLE = frozenset({"torch", "transformers", *sys.stdlib_module_names})
+_IMPORTABLE = frozenset({"torch", "transformers", "tokenizers", "safetensors", *sys.stdlib_module_names})
+"""transformers brings tokenizers and safetensors."""
 
 
 def read_template(package: str, name: str) -> str:
@@ -62,7 +64,8 @@ def portable_code(template: str, literals: Mapping[str, Any]) -> bytes:
 
     Raises:
         PluginError: a placeholder without a literal, a literal without a placeholder, a value of another kind, or code
-            that is not valid or imports anything but torch, transformers and the standard library.
+            that is not valid or imports anything but torch, transformers, tokenizers, safetensors and the standard
+            library.
     """
     names = set(_PLACEHOLDER.findall(template))
     for name in sorted(names ^ set(literals)):
@@ -225,7 +228,7 @@ def _check_code(code: str) -> None:
                 raise PluginError(
                     "the rendered template is not self-contained",
                     where=f"line {node.lineno}",
-                    expected="imports of torch, transformers and the standard library",
+                    expected="imports of torch, transformers, tokenizers, safetensors and the standard library",
                     found=name,
                     remedy="report it to the plugin's author",
                 )

@@ -11,6 +11,7 @@ from regraft.core.checkpoint import Checkpoint
 from regraft.core.hookspecs import hookimpl
 from regraft.core.patch import Outline, Patch
 from regraft.core.transformation import AnyTransformation, Run, Transformation
+from regraft.plugins.tokenizer_retrofit.dynamic import DynamicTokenization
 from regraft.plugins.tokenizer_retrofit.params import TokenizerRetrofitParams
 
 regraft_api = ">=1,<2"
@@ -50,5 +51,5 @@ class TokenizerRetrofit(Transformation[TokenizerRetrofitParams]):
 
 @hookimpl
 def regraft_transformations() -> Sequence[type[AnyTransformation]]:
-    """The transformation of this package."""
-    return [TokenizerRetrofit]
+    """The transformations of this package."""
+    return [TokenizerRetrofit, DynamicTokenization]

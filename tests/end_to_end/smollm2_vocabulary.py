@@ -13,6 +13,7 @@ import argparse
 import gettext
 import gzip
 import hashlib
+import importlib.util
 import io
 import json
 import re
@@ -157,6 +158,46 @@ def report(metrics: dict[str, Any], name: str, baseline: float | None = None) ->
     print(f"{name}: bits per byte " + ", ".join(f"{key[4:]} {value:.3f}" for key, value in figures.items()) + known)
 
 
+def check_dynamic(root: Path, base: Path, texts: dict[str, tuple[str, str]]) -> None:
+    """`dynamic-tokenization`: nothing changes without merges, and what merged prompts cost what follows them."""
+    recipe = root / "dynamic.toml"
+    recipe.write_text(f'[base]\nmodel = "{base}"\n[[steps]]\nuse = "dynamic-tokenization"\nreduction = 0.5\n'
+                      'scope = "example"\ncorpus = "corpus"\n')  # fmt: skip
+    regraft("apply", recipe, "-o", root / "dynamic", "--force", "--no-durable")
+    spec = importlib.util.spec_from_file_location("runtime", root / "dynamic/dynamic_tokenization/runtime.py")
+    assert spec is not None
+    assert spec.loader is not None
+    runtime = importlib.util.module_from_spec(spec)
+    sys.modules["runtime"] = runtime
+    spec.loader.exec_module(runtime)
+    model = AutoModelForCausalLM.from_pretrained(root / "dynamic", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(root / "dynamic")
+    plain = runtime.DynamicTokenization(model, merges=0)
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": GREETING}], tokenize=False,
+                                         add_generation_prompt=True)  # fmt: skip
+    ids = tokenizer(chat, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    read = plain.encode_batch([chat], add_special_tokens=False)
+    assert torch.equal(read.inputs_embeds, model.get_input_embeddings()(ids))
+    options = {"max_new_tokens": 20, "do_sample": False}
+    with torch.inference_mode():
+        native = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, ids.shape[1] :]
+    assert torch.equal(plain.generate([chat], add_special_tokens=False, **options), native)
+    print(f"dynamic, no merges: the lookup of the embeddings, and native generate's {tokenizer.decode(native[0])!r}")
+    halves = []
+    for _, text in texts.values():
+        passage = text[: HELD_OUT // 2]
+        halves.append((passage[: len(passage) * 2 // 3], passage[len(passage) * 2 // 3 :]))
+    first = 0
+    for merges in (0, 1, 2, 5, 10, 20, 40, 1000):
+        dynamic = runtime.DynamicTokenization(model, merges=merges)
+        tokens = sum(len(dynamic.encode_batch([prompt]).tokens[0]) for prompt, _ in halves)
+        first = first or tokens
+        scores = [dynamic.score(prompt, rest) for prompt, rest in halves]
+        bits = sum(score for score, _ in scores) / sum(size for _, size in scores)
+        print(f"dynamic, {merges:4} merges a text: {tokens / first:.3f} of the prompts' tokens, "
+              f"what follows costs {bits:.3f} bits per byte")  # fmt: skip
+
+
 def run(root: Path, *, short: bool) -> None:
     """The campaign in `root`."""
     gguf = fetch(root)
@@ -168,6 +209,7 @@ def run(root: Path, *, short: bool) -> None:
     check_extended(root, base, texts, 512 if short else 2048)
     if short:
         return
+    check_dynamic(root, base, texts)
     held_out = 'held_out = { source = "held-out", text_unit = "file" }\n'
     trained = f'vocabulary = "replace-train"\ncorpus = "corpus"\nsize = {TRAINED_TOKENS}\n'
     metrics = retrofit(root, base, "replaced", trained + held_out)

@@ -1,0 +1,376 @@
+"""`dynamic-tokenization`: a checkpoint that is what it was, and a runtime in it that feeds the model merged tokens."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from regraft.core.checkpoint import FileRef
+from regraft.core.errors import InputError, Unsupported
+from regraft.core.sources.open import open_checkpoint
+from regraft.core.transformation import Run
+from regraft.plugins.tokenizer_retrofit.dynamic import DynamicTokenization as Step
+from regraft.plugins.tokenizer_retrofit.dynamic.params import DynamicTokenizationParams
+from tests.plugins.tokenizer_retrofit import toys
+from tests.running import done, regraft, tree, write_recipe
+
+PROMPTS = ["De verzekering dekt de kosten van de verzekerde", "In the beginning was the word"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("dynamic")
+    (root / "corpus.txt").write_text(toys.DUTCH)
+    return root
+
+
+@pytest.fixture(scope="module")
+def base(folder):
+    return toys.save("llama", folder / "base")
+
+
+@pytest.fixture(scope="module")
+def bert(folder):
+    """A family without a row in regraft's table, and a task without a language-model head."""
+    from transformers import BertConfig, BertForTokenClassification, PreTrainedTokenizerFast
+
+    tokenizer = toys.backend("wordpiece")
+    config = BertConfig(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=128, num_labels=3, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    BertForTokenClassification(config).save_pretrained(folder / "bert")
+    names = {"pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "<s>", "sep_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder / "bert")
+    return folder / "bert"
+
+
+def applied(root, base, name, **values):
+    """The checkpoint after the step, through the command line."""
+    recipe = write_recipe(root / f"{name}.toml", base, {"use": "dynamic-tokenization", **values})
+    done("apply", recipe, "-o", root / name)
+    return root / name
+
+
+@pytest.fixture(scope="module")
+def decoder(folder, base):
+    return applied(folder, base, "decoder", reduction=0.6, corpus="corpus.txt")
+
+
+@pytest.fixture(scope="module")
+def encoder(folder, bert):
+    return applied(folder, bert, "encoder", merges=40)
+
+
+def runtime(checkpoint):
+    spec = importlib.util.spec_from_file_location(
+        f"runtime_of_{checkpoint.name}", checkpoint / "dynamic_tokenization" / "runtime.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def language_model(checkpoint):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def test_weights_tokenizer_and_config_are_those_of_the_base(base, decoder, bert, encoder):
+    for before, after in ((base, decoder), (bert, encoder)):
+        old, new = tree(before), tree(after)
+        assert {name for name in old if old[name] != new[name]} == set()
+        assert {name for name in set(new) - set(old) if "dynamic" in name} >= {
+            "dynamic_tokenization", "dynamic_tokenization/policy.json", "dynamic_tokenization/runtime.py"
+        }  # fmt: skip
+    assert "dynamic_tokenization/composer.safetensors" not in tree(decoder)
+
+
+def test_without_merges_the_model_reads_the_embedding_lookup_and_answers_as_ever(decoder):
+    from transformers import AutoTokenizer
+
+    model = language_model(decoder)
+    dynamic = runtime(decoder).DynamicTokenization(model, merges=0)
+    tokenizer = AutoTokenizer.from_pretrained(decoder, padding_side="left")
+    native = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    batch = dynamic.encode_batch(PROMPTS)
+    assert torch.equal(batch.attention_mask, native["attention_mask"])
+    assert batch.attention_mask[1, 0] == 0
+    assert torch.equal(batch.inputs_embeds, model.get_input_embeddings()(native["input_ids"]))
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    answers = model.generate(native["input_ids"], attention_mask=native["attention_mask"], **options)
+    assert torch.equal(dynamic.generate(PROMPTS, **options), answers[:, native["input_ids"].shape[1] :])
+    prompt, continuation = PROMPTS[1], " with the makers"
+    ids = tokenizer(prompt)["input_ids"]
+    behind = tokenizer(continuation, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logits = model(torch.tensor([[*ids, *behind]])).logits[0, len(ids) - 1 : -1]
+    bits, size = dynamic.score(prompt, continuation)
+    wanted = -logits.log_softmax(-1)[range(len(behind)), behind].sum() / torch.tensor(2.0).log()
+    assert bits == pytest.approx(float(wanted), rel=1e-5)
+    assert size == len(continuation)
+
+
+def test_merged_prompts_are_shorter_and_padding_changes_no_answer(decoder):
+    model, module = language_model(decoder), runtime(decoder)
+    dynamic = module.DynamicTokenization(model, scope="example")
+    plain = module.DynamicTokenization(model, merges=0)
+    batch = dynamic.encode_batch(PROMPTS)
+    assert batch.inputs_embeds.shape[1] < 0.7 * plain.encode_batch(PROMPTS).inputs_embeds.shape[1]
+    assert [b"".join(text) for text in batch.token_bytes] == [prompt.encode() for prompt in PROMPTS]
+    for text, prompt in zip(batch.tokens, PROMPTS, strict=True):
+        assert [prompt[token.start : token.end].encode() for token in text] == [token.data for token in text]
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    together = dynamic.generate(PROMPTS, **options)
+    for prompt, answer in zip(PROMPTS, together, strict=True):
+        assert torch.equal(dynamic.generate([prompt], **options)[0], answer)
+    own = {"inputs_embeds": batch.inputs_embeds, "attention_mask": batch.attention_mask}
+    alone = dynamic.encode_batch(PROMPTS[1:])
+    with torch.no_grad():
+        padded = model(**own, position_ids=batch.position_ids).logits[1, -1]
+        single = model(**alone.inputs()).logits[0, -1]
+    assert torch.allclose(padded, single, atol=1e-5)
+
+
+def test_a_merged_token_is_the_row_with_its_bytes_or_the_mean_of_those_that_spell_it(decoder):
+    model = language_model(decoder)
+    dynamic = runtime(decoder).DynamicTokenization(model, merges=1000)
+    weight = model.get_input_embeddings().weight
+    batch = dynamic.encode_batch(PROMPTS)
+    merged = [(row, place, token) for row, text in enumerate(batch.tokens) for place, token in enumerate(text)
+              if len(token.ids) > 1]  # fmt: skip
+    assert len(merged) > 5
+    for row, place, token in merged:
+        spelled = list(dynamic.merger.spelling.ids(token.data))
+        wanted = weight[spelled].double().mean(0).float()
+        at = place - len(batch.tokens[row])
+        assert torch.allclose(batch.inputs_embeds[row, at], wanted, atol=1e-7)
+
+
+def test_the_cache_keeps_the_batch_at_hand_and_forgets_rows_when_embeddings_change(decoder):
+    model = language_model(decoder)
+    dynamic = runtime(decoder).DynamicTokenization(model, merges=1000, cache_rows=2)
+    first = dynamic.encode_batch(PROMPTS[:1])
+    held = list(dynamic.composer.cache)
+    assert set(held) == {token.data for token in first.tokens[0] if len(token.ids) > 1}
+    assert len(held) > 2
+    dynamic.encode_batch(["the kosten"])
+    assert len(dynamic.composer.cache) == 2
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(2)
+    assert torch.allclose(dynamic.encode_batch(PROMPTS[:1]).inputs_embeds, 2 * first.inputs_embeds)
+
+
+def test_the_reduction_is_measured_on_the_corpus_and_chooses_the_merges(decoder, base, folder):
+    policy = json.loads((decoder / "dynamic_tokenization" / "policy.json").read_text())
+    metrics = json.loads((decoder / "regraft.lock.json").read_text())["steps"][0]["metrics"]
+    reached = [row for row in policy["reductions"] if row[1] >= 0.6]
+    assert policy["merges"] == metrics["merges"] > 0
+    assert reached[0][0] >= policy["merges"]
+    assert 0.6 <= metrics["reduction"] < 0.7
+    model = language_model(decoder)
+    for reduction in (0.0, 0.3, 1.0):
+        dynamic = runtime(decoder).DynamicTokenization(model, reduction=reduction)
+        row = next(row for row in policy["reductions"] if row[1] >= reduction)
+        assert dynamic.merges == row[0]
+    assert policy["reductions"][0] == [0, 0.0, 0.0]
+    assert policy["reductions"][-1][1] == 1.0
+    assert (decoder / "regraft" / "dynamic-tokenization" / "reduction.png").read_bytes().startswith(b"\x89PNG")
+    again = applied(folder, base, "again", reduction=0.6, corpus="corpus.txt")
+    assert tree(again)["dynamic_tokenization/policy.json"] == tree(decoder)["dynamic_tokenization/policy.json"]
+
+
+def test_rows_of_the_table_are_used_for_the_tokens_that_it_has(folder, base):
+    made = applied(folder, base, "tabled", merges=400, corpus="corpus.txt", composer="table", table_size=30)
+    table = load_file(made / "dynamic_tokenization" / "composer.safetensors")
+    ends = table["ends"].tolist()
+    data = bytes(table["bytes"].tolist())
+    tokens = [data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    assert len(tokens) == len(set(tokens)) == len(table["rows"]) == 30
+    model = language_model(made)
+    dynamic = runtime(made).DynamicTokenization(model)
+    rows = dynamic.composer.rows(tokens)
+    for token, row in zip(tokens, table["rows"], strict=True):
+        assert torch.equal(rows[token], row)
+    weight = model.get_input_embeddings().weight
+    means = [weight[list(dynamic.merger.spelling.ids(token))].mean(0) for token in tokens]
+    assert any(not torch.allclose(mean, rows[token], atol=1e-4) for mean, token in zip(means, tokens, strict=True))
+    batch = dynamic.encode_batch([toys.DUTCH])
+    places = [place for place, token in enumerate(batch.tokens[0]) if token.data in tokens]
+    assert places
+    for place in places:
+        assert torch.equal(batch.inputs_embeds[0, place], rows[batch.tokens[0][place].data])
+    (made / "dynamic_tokenization" / "composer.safetensors").unlink()
+    with pytest.raises(ValueError, match="is missing"):
+        runtime(made).DynamicTokenization(model)
+
+
+def test_a_second_policy_takes_the_place_of_the_first_with_its_table(folder, base):
+    first = {"use": "dynamic-tokenization", "merges": 4, "corpus": "corpus.txt", "composer": "table", "table_size": 9}
+    second = {"use": "dynamic-tokenization", "id": "second", "merges": 3}
+    done("apply", write_recipe(folder / "twice.toml", base, first, second), "-o", folder / "twice")
+    assert "dynamic_tokenization/composer.safetensors" not in tree(folder / "twice")
+    policy = json.loads((folder / "twice" / "dynamic_tokenization" / "policy.json").read_text())
+    assert (policy["merges"], policy["composer"]) == (3, "mean")
+
+
+def test_gemma_scales_the_rows_of_a_table_as_its_own(folder):
+    base = toys.save("gemma3_text", folder / "gemma", kind="piece-bpe")
+    made = applied(folder, base, "gemma-tabled", merges=50, corpus="corpus.txt", composer="table", table_size=20)
+    model = language_model(made)
+    dynamic = runtime(made).DynamicTokenization(model)
+    token = next(iter(dynamic.composer.table))
+    scale = float(model.get_input_embeddings().embed_scale)
+    assert scale > 1
+    assert torch.allclose(dynamic.composer.rows([token])[token], dynamic.composer.table[token] * scale)
+
+
+def test_an_encoder_pads_right_and_labels_follow_the_left_part(encoder):
+    from transformers import AutoModelForTokenClassification, AutoTokenizer
+
+    model = AutoModelForTokenClassification.from_pretrained(encoder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    module = runtime(encoder)
+    plain = module.DynamicTokenization(model, merges=0)
+    native = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        wanted = model(input_ids=native["input_ids"], attention_mask=native["attention_mask"]).logits
+        assert torch.equal(model(**plain.encode_batch(PROMPTS).inputs()).logits, wanted)
+    dynamic = module.DynamicTokenization(model)
+    counted = [list(range(len(text))) for text in plain.encode_batch(PROMPTS).tokens]
+    batch = dynamic.encode_batch(PROMPTS, labels=counted)
+    assert batch.attention_mask[1, -1] == 0
+    assert batch.labels[1, -1] == module.IGNORED
+    for row, text in enumerate(batch.tokens):
+        assert batch.labels[row, : len(text)].tolist() == [token.first for token in text]
+    assert any(len(token.ids) > 1 for text in batch.tokens for token in text)
+    words = [prompt.split() for prompt in PROMPTS]
+    few = module.DynamicTokenization(model, merges=2)
+    tags = [[place % 3 for place, _ in enumerate(text)] for text in words]
+    for every in (False, True):
+        batch = few.encode_batch(words, labels=tags, label_every_token=every)
+        for row, text in enumerate(batch.tokens):
+            heads = [token.word for place, token in enumerate(text)
+                     if token.word is not None and (every or text[place - 1].word != token.word)]  # fmt: skip
+            kept = batch.labels[row][batch.labels[row] != module.IGNORED].tolist()
+            assert kept == [tags[row][word] for word in heads]
+            assert set(heads) == set(range(len(words[row])))
+    loss = model(**few.encode_batch(words, labels=tags).inputs()).loss
+    assert torch.isfinite(loss)
+    with pytest.raises(ValueError, match="labels"):
+        few.encode_batch(words, labels=[[0], [1]])
+    with pytest.raises(ValueError, match="encoders"):
+        dynamic.generate(PROMPTS)
+
+
+def test_xlm_r_with_a_table_is_read_as_ever_without_merges(folder):
+    from transformers import (
+        AutoModelForTokenClassification,
+        PreTrainedTokenizerFast,
+        XLMRobertaConfig,
+        XLMRobertaForTokenClassification,
+    )
+
+    tokenizer = toys.backend("unigram")
+    config = XLMRobertaConfig(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=200, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    XLMRobertaForTokenClassification(config).save_pretrained(folder / "xlmr")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>").save_pretrained(
+        folder / "xlmr"
+    )
+    made = applied(folder, folder / "xlmr", "xlmr-dynamic", merges=9, corpus="corpus.txt", composer="table")
+    model = AutoModelForTokenClassification.from_pretrained(made).eval()
+    module = runtime(made)
+    ids = [tokenizer.encode(prompt).ids for prompt in PROMPTS]
+    plain = module.DynamicTokenization(model, merges=0).encode_batch(PROMPTS)
+    width = max(map(len, ids))
+    padded = torch.tensor([[*one, *[0] * (width - len(one))] for one in ids])
+    with torch.no_grad():
+        native = model(padded, attention_mask=(padded != 0).long()).logits
+        assert torch.allclose(model(**plain.inputs()).logits[0], native[0], atol=1e-6)
+        assert torch.allclose(model(**plain.inputs()).logits[1, : len(ids[1])], native[1, : len(ids[1])], atol=1e-6)
+    shorter = module.DynamicTokenization(model).encode_batch(PROMPTS)
+    assert shorter.attention_mask.sum() < plain.attention_mask.sum()
+    assert all(
+        b"".join(text).strip().decode() == prompt for text, prompt in zip(shorter.token_bytes, PROMPTS, strict=True)
+    )
+
+
+def test_the_runtime_works_in_a_process_without_regraft(decoder):
+    program = f"""
+import sys
+sys.modules["regraft"] = None
+sys.path.insert(0, {str(decoder / "dynamic_tokenization")!r})
+from runtime import DynamicTokenization
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(decoder)!r})
+dynamic = DynamicTokenization(model)
+batch = dynamic.encode_batch(["De verzekerde"])
+print(dynamic.generate(["De verzekerde"], max_new_tokens=3, do_sample=False).shape[0], batch.token_bytes[0][1:])
+"""
+    ran = subprocess.run(
+        [sys.executable, "-I", "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split(" ", 1)[0] == "1"
+
+
+def test_a_policy_is_refused_for_another_tokenizer(decoder, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(decoder, tmp_path / "copy")
+    text = (copy / "tokenizer.json").read_text()
+    (copy / "tokenizer.json").write_text(text + "\n")
+    with pytest.raises(ValueError, match="has changed since"):
+        runtime(copy).DynamicTokenization(language_model(copy))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({}, "merges or reduction"),
+        ({"merges": 1, "reduction": 0.5, "corpus": "c.txt"}, "merges or reduction"),
+        ({"reduction": 0.5}, "measured on a corpus"),
+        ({"merges": 1, "composer": "table"}, "made for a corpus"),
+        ({"merges": 1, "table_size": 5}, "leave them out"),
+    ],
+)
+def test_keys_that_do_not_fit_are_refused(values, words):
+    with pytest.raises(ValidationError, match=words):
+        DynamicTokenizationParams.model_validate(values)
+
+
+def test_what_cannot_be_done_is_said_before_anything_is_written(folder, base, bert, tmp_path):
+    step, run = Step(), Run("dynamic")
+    (tmp_path / "empty.txt").write_text("")
+    given = DynamicTokenizationParams.model_validate({"reduction": 0.5, "corpus": str(tmp_path / "empty.txt")})
+    with pytest.raises(InputError, match="no text"):
+        step.apply(open_checkpoint(base), given, run)
+    toys.save("llama", tmp_path / "bare")
+    (tmp_path / "bare" / "tokenizer.json").unlink()
+    recipe = write_recipe(tmp_path / "r.toml", tmp_path / "bare", {"use": "dynamic-tokenization", "merges": 1})
+    ran = regraft("apply", recipe, "-o", tmp_path / "out")
+    assert ran.code == 1
+    assert "no fast form" in ran.err
+    assert not (tmp_path / "out").exists()
+    layers = open_checkpoint(base)
+    config = {**layers.config, "hidden_size_per_layer_input": 8}
+    deep = replace(layers, files={**layers.files, "config.json": FileRef(data=json.dumps(config).encode())})
+    with pytest.raises(Unsupported, match="in every layer"):
+        step.check(deep, DynamicTokenizationParams(merges=1))
+    plan = step.plan(open_checkpoint(bert), DynamicTokenizationParams(merges=1))
+    assert set(plan.files) == {"dynamic_tokenization/policy.json", "dynamic_tokenization/runtime.py"}
+    assert not plan.specs
