@@ -73,17 +73,9 @@ def build(session):
 
 @nox.session
 def e2e(session):
-    """A recipe on a real model (SmolLM2-135M from a wheel), reloaded without regraft. `-- short` for CI."""
+    """Campaigns on a real model (SmolLM2-135M from a wheel), reloaded without regraft. `-- short` for CI."""
     install(session, "tests")
-    session.run("python", "tests/end_to_end/smollm2.py", *session.posargs, env=ONE_THREAD)
-    session.run("python", "tests/end_to_end/smollm2_eval.py", *session.posargs, env=ONE_THREAD)
-    session.run("python", "tests/end_to_end/smollm2_vocabulary.py", *session.posargs, env=ONE_THREAD)
-    session.run("python", "tests/end_to_end/smollm2_calibration.py", *session.posargs, env=ONE_THREAD)
-    session.run("python", "tests/end_to_end/smollm2_vlora.py", *session.posargs, env=ONE_THREAD)
-    session.run("python", "tests/end_to_end/vlora_toy.py", *session.posargs, env=ONE_THREAD)
-    session.run("python", "tests/end_to_end/forecast.py", *session.posargs, env=ONE_THREAD)
-    session.run("python", "tests/end_to_end/smollm2_fourier.py", *session.posargs, env=ONE_THREAD)
-    session.run("python", "tests/end_to_end/smollm2_training.py", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+    session.run("python", "tests/end_to_end/campaigns.py", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
