@@ -203,7 +203,7 @@ def _patch(checkpoint: Checkpoint, aim: Aim, pairs: Pairs | None) -> Patch:
         wide = widened(checkpoint, aim.architecture, beside, scale=aim.scale, **numbers)
         edits |= wide.edits
         config = dict(wide.config)
-    return Patch(edits=edits, json={CONFIG: config} if config else {}, dropped=_dropped(aim))
+    return Patch(edits=edits, json={CONFIG: config} if config else {}, dropped=_dropped(checkpoint, aim))
 
 
 def _attached(checkpoint: Checkpoint, aim: Aim, params: VloraParams, *, planned: bool) -> Patch:
@@ -216,11 +216,14 @@ def _attached(checkpoint: Checkpoint, aim: Aim, params: VloraParams, *, planned:
     else:
         tensors = _folder(checkpoint, params).tensors
     patch = attached(checkpoint, aim.architecture, aim.settings, aim.types, tensors, aim.scale)
-    return replace(patch, dropped=_dropped(aim))
+    return replace(patch, dropped=_dropped(checkpoint, aim))
 
 
-def _dropped(aim: Aim) -> dict[str, str]:
-    return dict.fromkeys((OWN_CONFIG, OWN_WEIGHTS), "the generator has done its work") if aim.own else {}
+def _dropped(checkpoint: Checkpoint, aim: Aim) -> dict[str, str]:
+    """The files of a generator; one that was named by its folder may have left its config among the base's files."""
+    if aim.own:
+        return dict.fromkeys((OWN_CONFIG, OWN_WEIGHTS), "the generator has done its work")
+    return {OWN_CONFIG: "its generator is not carried along"} if OWN_CONFIG in checkpoint.files else {}
 
 
 def _delta(place: Place, pairs: Pairs | None, scale: float) -> LowRankDelta:
