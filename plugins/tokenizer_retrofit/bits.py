@@ -37,7 +37,7 @@ def bits_per_byte(head: Head, tokenizer: Any, texts: Sequence[str], device: str)
         texts: short ones; see `passages`.
         device: of the model.
     """
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    start = start_of(tokenizer)
     nats, size = 0.0, 0
     with torch.no_grad(), without_dropout(head.model), memory("measuring bits per byte"):
         for number, text in enumerate(texts):
@@ -49,6 +49,12 @@ def bits_per_byte(head: Head, tokenizer: Any, texts: Sequence[str], device: str)
             nats += head.label_losses(collate([example], (0,), device)).double().item()
             size += len(text.encode())
     return nats / math.log(2) / max(1, size)
+
+
+def start_of(tokenizer: Any) -> int | None:
+    """The token that texts stand behind: that which begins them, or else ends them; None without either."""
+    found: int | None = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return found
 
 
 def _cut(text: str, nbytes: int) -> Iterator[str]:

@@ -16,6 +16,7 @@ from regraft.plugins.tokenizer_retrofit.corpus import Corpus
 from regraft.plugins.tokenizer_retrofit.params import TokenizerRetrofitParams
 from regraft.plugins.tokenizer_retrofit.rows import Rows
 from regraft.plugins.tokenizer_retrofit.tables import Tables
+from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
 from regraft.plugins.tokenizer_retrofit.vocabulary import NewVocabulary
 
 HELD_OUT_BYTES = 100_000
@@ -27,6 +28,7 @@ def measured(
     after: Checkpoint,
     patch: Patch,
     tables: Tables,
+    old: TokenizerFile,
     new: NewVocabulary,
     params: TokenizerRetrofitParams,
     run: Run,
@@ -37,6 +39,7 @@ def measured(
         before, after: the checkpoint without and with the new vocabulary.
         patch: what made it.
         tables: of the vocabulary.
+        old: the old tokenizer.
         new: the vocabulary.
         params: of the step.
         run: the run.
@@ -54,14 +57,15 @@ def measured(
             if name == "bpb_initial" and params.adapt is not None:
                 continue
             run.tell(f"bits per byte of {len(texts)} held-out passages, {name.removeprefix('bpb_')}")
-            head = Head.of(run.model(checkpoint))
-            figures[name] = round(bits_per_byte(head, run.tokenizer(checkpoint), texts, run.device), 6)
+            tokenizer = run.tokenizer(checkpoint)
+            found = bits_per_byte(Head.of(run.model(checkpoint)), tokenizer, texts, run.device)
+            figures[name] = round(found, 6)
     reports: dict[str, FileRef] = {}
     fresh = [index for index, origin in enumerate(new.origins) if origin.kept is None and index in new.tokenizer.tokens]
     if params.adapt is not None and fresh:
         settings = params.adapt.model_copy(update={"data": params.adapt.data or params.corpus})
         names = [name for role, name in tables.by_role().items() if role != "bias"]
-        adapted = adapt(after, names, fresh, settings, texts, run)
+        adapted = adapt(before, after, old, new.tokenizer, names, fresh, settings, texts, run)
         figures |= adapted.figures
         reports |= adapted.reports
         notes += adapted.notes

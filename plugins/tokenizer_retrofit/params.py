@@ -63,6 +63,8 @@ class AdaptSettings(Params):
 
     Args:
         data: texts; None takes the corpus.
+        loss: `clm`, cross-entropy of the texts' tokens; `alm`, the likelihoods that the model gave before the step,
+            with its old tokenizer, to the same stretches of text.
         steps, epochs: the most steps, and passes over the data.
         batch_size: sequences of a step.
         tokens: of a sequence; the texts are packed.
@@ -71,6 +73,7 @@ class AdaptSettings(Params):
     """
 
     data: Data | None = None
+    loss: Literal["clm", "alm"] = "clm"
     steps: Count | None = 40
     epochs: Count = 1
     batch_size: Count = 1
@@ -131,7 +134,7 @@ class TokenizerRetrofitParams(Params):
     )
     adapt: AdaptSettings | None = Field(
         None,
-        description="Learn the new rows alone: { data, steps, epochs, batch_size, tokens, lr, warmup_steps, "
+        description="Learn the new rows alone: { data, loss, steps, epochs, batch_size, tokens, lr, warmup_steps, "
         "schedule, precision }. Default: they stay as made.",
     )
     held_out: Data | None = Field(

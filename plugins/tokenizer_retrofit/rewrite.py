@@ -86,7 +86,7 @@ def apply(checkpoint: Checkpoint, params: TokenizerRetrofitParams, run: Run) -> 
     if params.held_out is not None or params.adapt is not None:
         from regraft.plugins.tokenizer_retrofit.measured import measured
 
-        patch, more, reports = measured(checkpoint, after, patch, tables, new, params, run)
+        patch, more, reports = measured(checkpoint, after, patch, tables, old, new, params, run)
         figures |= more
     reports |= {ID_MAP: FileRef(data=_json(new.id_map())), REPORT: FileRef(data=_json(figures))}
     return replace(patch, metrics=figures, reports=reports, notes=(*patch.notes, *remarks))
