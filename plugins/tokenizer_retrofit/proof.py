@@ -54,11 +54,20 @@ def prove(
     """
     if (stray := new.tokenizer.stray()) is not None:
         token, wanted, found = stray
-        raise TransformationError("tokenizers gives a token another id than tokenizer.json", where=repr(token),
-                                  expected=wanted, found=found)  # fmt: skip
+        raise TransformationError(
+            "the tokenizers library gives a token another id than tokenizer.json", where=repr(token), expected=wanted,
+            found=found,
+        )  # fmt: skip
     sample = _sample(texts)
     probes = [*PROBES, *sample[:50]]
     plain, stock = new.tokenizer.backend(), run.tokenizer(after)
+    known = stock.get_vocab()
+    if others := [token for token, index in new.tokenizer.ids.items() if known.get(token) != index]:
+        raise TransformationError(
+            "transformers gives a token another id than tokenizer.json", where=repr(others[0]),
+            expected=new.tokenizer.ids[others[0]], found=known.get(others[0]),
+            remedy="see added_tokens_decoder in tokenizer_config.json",
+        )  # fmt: skip
     for probe in probes:
         _check_stock(probe, plain, stock)
     _check_losses(probes, old.backend(), plain)

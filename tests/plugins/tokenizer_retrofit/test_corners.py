@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from regraft.core.errors import InputError, TransformationError, Unsupported
 from regraft.core.patch import overlay
+from regraft.core.sources.open import open_checkpoint
 from regraft.core.transformation import Run
 from regraft.plugins.tokenizer_retrofit.donor import replace_by_donor
 from regraft.plugins.tokenizer_retrofit.extend import extend
@@ -262,8 +263,13 @@ def test_a_chat_is_cut_as_before_by_a_trimmed_vocabulary(tmp_path):
 def test_a_result_whose_ids_are_not_those_of_the_file_fails(tmp_path, corpus, monkeypatch):
     folder = toys.save("llama", tmp_path / "base", rows=400)
     seen = iter([None, ("x", 1, 2)])
-    monkeypatch.setattr(TokenizerFile, "stray", lambda self: next(seen))
-    with pytest.raises(TransformationError, match="gives a token another id"):
+    with monkeypatch.context() as patched:
+        patched.setattr(TokenizerFile, "stray", lambda self: next(seen))
+        with pytest.raises(TransformationError, match="library gives a token another id"):
+            toys.retrofit(folder, corpus)
+    tokenizer = type(Run("x").tokenizer(open_checkpoint(folder)))
+    monkeypatch.setattr(tokenizer, "get_vocab", lambda self: {"the": 5})
+    with pytest.raises(TransformationError, match="transformers gives a token another id"):
         toys.retrofit(folder, corpus)
 
 
