@@ -72,6 +72,12 @@ class Corpus:
                     raise InputError("is not text: it holds a zero byte", where=row.place, remedy="give plain text")
                 yield record.text
 
+    def by_file(self, nbytes: int, most: int) -> dict[str, str]:
+        """The beginnings of the first files, by their names; none for what is no file, such as a hub id."""
+        paths = [path for source in self.data.sources for path in files_of(source)][:most]
+        one = {path: Corpus(self.data.model_copy(update={"source": str(path)}), nbytes) for path in paths}
+        return {path.name: "\n".join(corpus.texts()) for path, corpus in one.items()}
+
     def summary(self) -> dict[str, Any]:
         """SHA-256 by the name of each file."""
         from regraft.core.checkpoint import FileRef

@@ -112,6 +112,11 @@ def fertility(sample: Sequence[str], old: Tokenizer, new: Tokenizer) -> dict[str
     return found
 
 
+def tokens_per_word(text: str, tokenizer: Tokenizer) -> float:
+    """How many tokens a word (what whitespace separates) takes."""
+    return len(tokenizer.encode(text, add_special_tokens=False).ids) / max(1, len(text.split()))
+
+
 def _sample(texts: Iterable[str]) -> list[str]:
     """Lines of the corpus's beginning."""
     found, size = [], 0

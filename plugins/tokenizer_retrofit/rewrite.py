@@ -11,19 +11,23 @@ from regraft.core.checkpoint import Checkpoint, FileRef
 from regraft.core.errors import Unsupported
 from regraft.core.jsonio import dump
 from regraft.core.patch import Edit, Outline, Patch, overlay
+from regraft.core.plots import bar_chart
 from regraft.core.training.footprint import state_bytes, training_bytes
 from regraft.core.transformation import Run
 from regraft.core.verify.structure import TOKENIZER
+from regraft.plugins.tokenizer_retrofit.corpus import Corpus
 from regraft.plugins.tokenizer_retrofit.initial import Initial
 from regraft.plugins.tokenizer_retrofit.metadata import metadata, movable
 from regraft.plugins.tokenizer_retrofit.params import AdaptSettings, TokenizerRetrofitParams
-from regraft.plugins.tokenizer_retrofit.proof import check_base, prove
+from regraft.plugins.tokenizer_retrofit.proof import check_base, prove, tokens_per_word
 from regraft.plugins.tokenizer_retrofit.sources import check_source, corpus_of, make_vocabulary, most_rows
 from regraft.plugins.tokenizer_retrofit.tables import Tables
 from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
 from regraft.plugins.tokenizer_retrofit.vocabulary import NewVocabulary
 
-ID_MAP, REPORT = "id_map.json", "retrofit_report.json"
+ID_MAP, REPORT, FERTILITY = "id_map.json", "retrofit_report.json", "fertility.png"
+_SAMPLE_BYTES, _MOST_FILES = 50_000, 24
+"""Of the corpus, for the picture."""
 
 
 def check(checkpoint: Checkpoint, params: TokenizerRetrofitParams) -> None:
@@ -82,14 +86,25 @@ def apply(checkpoint: Checkpoint, params: TokenizerRetrofitParams, run: Run) -> 
     figures = {**new.figures, **new.counts(), **proven}
     if corpus is not None:
         figures["corpus"] = corpus.summary()
-    reports: dict[str, FileRef] = {}
+    reports = _fertility(corpus, old, new) if corpus is not None else {}
     if params.held_out is not None or params.adapt is not None:
         from regraft.plugins.tokenizer_retrofit.measured import measured
 
-        patch, more, reports = measured(checkpoint, after, patch, tables, old, new, params, run)
+        patch, more, learnt = measured(checkpoint, after, patch, tables, old, new, params, run)
         figures |= more
+        reports |= learnt
     reports |= {ID_MAP: FileRef(data=_json(new.id_map())), REPORT: FileRef(data=_json(figures))}
     return replace(patch, metrics=figures, reports=reports, notes=(*patch.notes, *remarks))
+
+
+def _fertility(corpus: Corpus, old: TokenizerFile, new: NewVocabulary) -> dict[str, FileRef]:
+    """A picture of the tokens for each word of the corpus's files, before and after."""
+    tokenizers = {"before": old.backend(), "after": new.tokenizer.backend()}
+    found = {
+        name: {when: tokens_per_word(text, tokenizer) for when, tokenizer in tokenizers.items()}
+        for name, text in corpus.by_file(_SAMPLE_BYTES, _MOST_FILES).items()
+    }
+    return {FERTILITY: FileRef(data=bar_chart(found, title="fertility", y="tokens for each word"))} if found else {}
 
 
 def made_patch(

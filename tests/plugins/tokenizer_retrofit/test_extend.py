@@ -129,6 +129,7 @@ def test_the_same_corpus_gives_the_same_bytes(tmp_path):
     corpus.write_text(toys.DUTCH)
     folder = toys.save("llama", tmp_path / "base")
     one, other = (toys.retrofit(folder, corpus)[2] for _ in range(2))
+    assert one.reports.keys() == {"id_map.json", "retrofit_report.json", "fertility.png"}
     assert one.files["tokenizer.json"].read() == other.files["tokenizer.json"].read()
     assert {name: file.read() for name, file in one.reports.items()} == {
         name: file.read() for name, file in other.reports.items()
