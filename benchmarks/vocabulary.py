@@ -19,7 +19,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +147,10 @@ def rewrites(root: Path, rounds: int, small: bool) -> list[str]:
     """Wall, CPU and memory of `extend`, of the donor's vocabulary, and of tokensurgeon on the same work."""
     base, out = root / "base", root / "out"
     if not base.exists():
-        make_base(base, 2 if small else 24)
-        make_tokenizer(base, corpus(4))
+        # In a process of its own: the peak memory of a command is never below that of who starts it.
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
+            apart.submit(make_base, base, 2 if small else 24).result()
+            apart.submit(make_tokenizer, base, corpus(4)).result()
         (root / "corpus.txt").write_text(corpus(8)[-2_000_000:])
     step = '[base]\nmodel = "base"\n[[steps]]\nuse = "tokenizer-retrofit"\n'
     (root / "extend.toml").write_text(f'{step}corpus = "corpus.txt"\nsize = {MERGES}\nmin_count = 2\n')
@@ -187,12 +191,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=".") as scratch:
         root = (options.keep or Path(scratch)).resolve()
         root.mkdir(exist_ok=True)
-        lines = [machine("torch", "tokenizers", "mergekit"), "", "The merge learner on Python sources:", ""]
-        lines += [*learner(options.small), "", *pursuit(options.small), ""]
         size = "0.4" if options.small else "3.5"
         rounds = f"medians of {options.rounds} rounds in turn"
+        lines = [machine("torch", "tokenizers", "mergekit"), ""]
         lines += [f"A synthetic llama, bf16, {size} GB, given {MERGES} tokens, {rounds}:", ""]
-        lines += rewrites(root, options.rounds, options.small)
+        lines += [*rewrites(root, options.rounds, options.small), "", "The merge learner on Python sources:", ""]
+        lines += [*learner(options.small), "", *pursuit(options.small)]
     write_section(options.write, "Vocabularies", lines)
     print("\n".join(lines))
 
