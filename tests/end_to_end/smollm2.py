@@ -118,7 +118,7 @@ def run(root: Path, *, short: bool) -> None:
         sizes = sum(
             path.stat().st_size
             for path in (root / export).iterdir()
-            if path.name not in ("README.md", "regraft.lock.json")
+            if path.is_file() and path.name not in ("README.md", "regraft.lock.json")
         )
         assert sizes == plan["output_bytes"], (sizes, plan["output_bytes"])
         print(f"{export}: {report['bytes']} bytes in {report['seconds']} s, plan exact to the byte")
