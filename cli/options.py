@@ -10,7 +10,22 @@ import typer
 if TYPE_CHECKING:
     from regraft.core.recipe.model import Recipe
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
+
+def _shipped(incomplete: str) -> list[str]:
+    """Shipped recipes that begin so, for the shell's completion; files are the shell's own affair."""
+    from regraft.core.recipe.shipped import shipped_names
+
+    return [name for name in shipped_names() if name.startswith(incomplete)]
+
+
+RecipeName = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.", autocompletion=_shipped),
+]
+RecipeNames = Annotated[
+    list[str],
+    typer.Argument(metavar="RECIPE...", help="Recipe files, or names of shipped recipes.", autocompletion=_shipped),
+]
 Model = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="Folder, .safetensors or .gguf file, hub id, or demo:tiny.")
 ]

@@ -31,3 +31,20 @@ def test_set(workplace):
     recipe = write_recipe(Path("r.toml"), "base", ABF)
     assert regraft("check", recipe, "--set", "context-extension.methd=abf").code == 2
     assert done("check", recipe, "--set", "context-extension.method=yarn").code == 0
+
+
+def test_several_recipes_are_all_looked_at(workplace):
+    good = write_recipe(Path("good.toml"), "base", ABF)
+    wrong = write_recipe(Path("wrong.toml"), "base", {**ABF, "methd": "abf"})
+    missing = write_recipe(Path("missing.toml"), "./not-here", ABF)
+    assert done("check", good, good).out == "good: 1 step, no errors\n" * 2
+    ran = regraft("check", wrong, good, missing)
+    assert (ran.code, ran.out) == (2, "good: 1 step, no errors\n")
+    assert "methd" in ran.err
+    assert "not-here" in ran.err
+    assert regraft("check", missing, wrong).code == 3
+    found = regraft("check", good, wrong, "--json")
+    assert found.json == {
+        "schema": 1, "recipes": [{"recipe": "good", "steps": ["context-extension"], "findings": []}],
+    }  # fmt: skip
+    assert found.events[0]["exit_code"] == found.code == 2
