@@ -40,11 +40,14 @@ def tests(session):
 
 @nox.session
 def lint(session):
-    """Formatting, lint rules and import contracts."""
+    """Formatting, lint rules, import contracts, and the schemas of the workflows and of action.yml."""
     install(session, "lint")
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
     session.run("lint-imports", "--no-cache")
+    workflows = sorted(str(path) for path in Path(".github/workflows").glob("*.yml"))
+    session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
+    session.run("check-jsonschema", "--builtin-schema", "vendor.github-actions", "action.yml")
 
 
 @nox.session

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import manpage
 import typer
 
 from regraft.cli.main import app
@@ -115,23 +116,22 @@ def hooks() -> Iterator[str]:
 def exceptions() -> Iterator[str]:
     """The exception tree and its exit codes."""
     yield "# Errors\n"
-    yield "| exit code | meaning |\n|---|---|\n| 0 | done |"
-    yield "| 1 | a transformation or a verification failed; `diff`: the checkpoints differ |"
-    yield "| 2 | usage, or the recipe |\n| 3 | an input cannot be read or is not valid |"
-    yield "| 4 | resources: disk, memory, device, or the target cannot be written |\n| 5 | a plugin is at fault |"
-    yield "| 130 | interrupted |\n"
+    yield "| exit code | meaning |\n|---|---|"
+    yield "\n".join(f"| {code} | {meaning} |" for code, meaning in manpage.EXIT_CODES.items()) + "\n"
     for name, kind in vars(errors).items():
         if inspect.isclass(kind) and issubclass(kind, errors.RegraftError):
             summary = inspect.cleandoc(kind.__doc__ or "").splitlines()[0]
             yield f"- `{name}` ({kind.exit_code}): {summary}"
 
 
+MANPAGE = "regraft.1"
 PAGES = {
     "commands.md": commands,
     "recipe.md": recipe,
     "transformations.md": transformations,
     "hooks.md": hooks,
     "errors.md": exceptions,
+    MANPAGE: manpage.page,
 }
 
 
@@ -139,7 +139,7 @@ def main() -> None:
     """Write every page, or compare."""
     stale = []
     for name, page in PAGES.items():
-        text = NOTE + "\n".join(page()).rstrip() + "\n"
+        text = ("" if name == MANPAGE else NOTE) + "\n".join(page()).rstrip() + "\n"
         path = REFERENCE / name
         if "--check" in sys.argv:
             stale += [name] * (not path.exists() or path.read_text() != text)

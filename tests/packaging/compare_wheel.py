@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 ROOMS = ("cli", "core", "kernels", "plugins", "recipes")
+WHEEL_BYTES = 6_000_000
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -29,7 +30,12 @@ def main() -> None:
     dist = Path(sys.argv[1])
     (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
     with zipfile.ZipFile(wheel) as archive:
-        packed = {name for name in archive.namelist() if not name.split("/")[0].endswith(".dist-info")}
+        names = archive.namelist()
+        packed = {name for name in names if not name.split("/")[0].endswith((".dist-info", ".data"))}
+    if not any(name.endswith(".data/data/share/man/man1/regraft.1") for name in names):
+        raise SystemExit("the wheel has no manual page")
+    if wheel.stat().st_size > WHEEL_BYTES:
+        raise SystemExit(f"{wheel.name} has {wheel.stat().st_size} bytes: more than {WHEEL_BYTES}")
     if packed != on_disk():
         raise SystemExit(
             f"wheel and disk differ: missing {sorted(on_disk() - packed)}, extra {sorted(packed - on_disk())}"
