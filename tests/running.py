@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import signal
@@ -12,6 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from regraft.core.testing.checkpoints import tree
+
+__all__ = ["ABF", "Ran", "done", "load_recipe", "recipe_text", "regraft", "tree", "write_recipe"]
 
 
 @dataclass(frozen=True)
@@ -89,13 +92,3 @@ def load_recipe(path: Path) -> Any:
 
 ABF = {"use": "context-extension", "method": "abf", "target_length": 4096}
 """A step that changes config.json alone."""
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below `folder`, hidden ones too, and the word `folder` for folders."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        if path.is_file()
-        else "folder"
-        for path in sorted(folder.rglob("*"))
-    }

@@ -9,7 +9,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 ROOMS = ("cli", "core", "kernels", "plugins", "recipes")
-FACADE = ("__init__.py", "__main__.py", "py.typed")
+FACADE = ("__init__.py", "__main__.py", "py.typed", "testing.py")
 
 
 class RoomsBuildHook(BuildHookInterface[Any]):

@@ -22,7 +22,7 @@ def on_disk() -> set[str]:
         for path in (ROOT / room).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts and "_root" not in path.parts:
                 found.add(f"regraft/{path.relative_to(ROOT).as_posix()}")
-    return found | {f"regraft/{name}" for name in ("__init__.py", "__main__.py", "py.typed")}
+    return found | {f"regraft/{name}" for name in ("__init__.py", "__main__.py", "py.typed", "testing.py")}
 
 
 def main() -> None:
