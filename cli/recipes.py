@@ -53,22 +53,17 @@ def copy(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Copy a shipped recipe, to be changed."""
-    from regraft.core.errors import ResourceError, UsageError
-    from regraft.core.recipe.shipped import shipped_text
+    """Copy a shipped recipe, to be changed, and the data that it reads."""
+    from regraft.cli.options import validated
+    from regraft.core.recipe.copying import copy_recipe
+    from regraft.core.recipe.shipped import shipped_path
 
-    text = shipped_text(name)
-    path = target or Path(f"{name}.toml")
-    if path.exists() and not force:
-        raise UsageError("the file exists already", where=path, remedy="choose another name, or give --force")
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ResourceError(f"cannot be written: {error.strerror}", where=path, remedy="choose another place") from None
+    recipe = validated(str(shipped_path(name)), None)
+    path, *data = copy_recipe(recipe, target or Path(f"{name}.toml"), force=force)
     if as_json:
-        print_json({"path": str(path)})
+        print_json({"path": str(path), "data": [str(file) for file in data]})
     else:
-        print(path)
+        print("\n".join(str(file) for file in (path, *data)))
 
 
 def _summary(text: str) -> str:

@@ -28,16 +28,37 @@ def test_show(name):
 
 def test_copy(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert done("recipes", "copy", "quickstart").out == "quickstart.toml\n"
-    assert Path("quickstart.toml").read_text() == shipped_path("quickstart").read_text()
-    ran = regraft("recipes", "copy", "quickstart")
+    assert done("recipes", "copy", "yarn").out == "yarn.toml\n"
+    assert Path("yarn.toml").read_text() == shipped_path("yarn").read_text()
+    ran = regraft("recipes", "copy", "yarn")
     assert ran.code == 2
     assert "exists already" in ran.err
-    done("recipes", "copy", "quickstart", "--force")
-    assert done("recipes", "copy", "quickstart", "mine.toml", "--json").json == {"schema": 1, "path": "mine.toml"}
-    ran = regraft("recipes", "copy", "quickstart", "nowhere/mine.toml")
+    done("recipes", "copy", "yarn", "--force")
+    result = done("recipes", "copy", "yarn", "mine.toml", "--json").json
+    assert result == {"schema": 1, "path": "mine.toml", "data": []}
+    ran = regraft("recipes", "copy", "yarn", "nowhere/mine.toml")
     assert ran.code == 4
     assert "nowhere/mine.toml: cannot be written" in ran.err
+    assert regraft("recipes", "copy", "yran").code == 2
+
+
+def test_copy_brings_what_the_recipe_reads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adapter = ["quickstart-adapter/adapter_config.json", "quickstart-adapter/adapter_model.safetensors"]
+    assert done("recipes", "copy", "quickstart").out.splitlines() == ["quickstart.toml", *adapter]
+    done("recipes", "copy", "merge-lora")  # reads the same adapter: it may lie there
+    done("check", "quickstart.toml", "merge-lora.toml")
+    Path(adapter[0]).write_text("mine")
+    ran = regraft("recipes", "copy", "quickstart", "other.toml")
+    assert (ran.code, Path("other.toml").exists(), Path(adapter[0]).read_text()) == (2, False, "mine")
+    assert f"{adapter[0]}: the file exists already" in ran.err
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_a_copy_is_complete(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done("recipes", "copy", name)
+    done("check", f"{name}.toml")
 
 
 def test_schema_is_a_json_schema():
