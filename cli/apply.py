@@ -38,6 +38,9 @@ def apply(
     restart: Annotated[
         bool, typer.Option("--restart", help="Train anew, whatever an unfinished run into this target has saved.")
     ] = False,
+    cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="Take results of steps from the cache, and keep them there.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Run a recipe and write a new checkpoint."""
@@ -54,7 +57,7 @@ def apply(
         )
     parsed = validated(recipe, overrides)
     target = target_of(parsed, output)
-    options = ApplyOptions(device, threads, force, link, durable, strict, verify, save_patches, restart)
+    options = ApplyOptions(device, threads, force, link, durable, strict, verify, save_patches, restart, cache)
     if not processes().first:
         attend(parsed, target, host(), options)
         return
@@ -86,6 +89,7 @@ def as_document(report: ApplyReport) -> dict[str, Any]:
         "linked_bytes": written.linked_bytes,
         "seconds": round(report.seconds, 3),
         "verified": report.verified,
+        "cached": list(report.cached),
         "steps": [
             {"id": step.id, "use": step.transformation.name, "metrics": dict(patch.metrics), "notes": list(patch.notes)}
             for step, patch in zip(report.plan.steps, report.patches, strict=True)

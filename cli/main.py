@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from regraft.cli import apply, check, diff, evaluate, generate, inspect, plan, plugins, recipes, schema, verify
+from regraft.cli import apply, cache, check, diff, evaluate, generate, inspect, plan, plugins, recipes, schema, verify
 from regraft.cli.console import INTERRUPTED, fail, interrupted
 from regraft.cli.interrupts import Interrupted, ignore, listen
 from regraft.core.errors import RegraftError, UsageError
@@ -89,6 +89,7 @@ for _module in (apply, plan, check, inspect, diff, verify, generate, plugins, sc
     app.command()(getattr(_module, _module.__name__.rpartition(".")[2]))
 app.command("eval")(evaluate.evaluate)
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(cache.app, name="cache")
 
 
 def run(arguments: list[str] | None = None) -> None:

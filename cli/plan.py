@@ -26,6 +26,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what a recipe would do: tensors, sizes, memory, disk. Refuses what apply would refuse."""
+    from regraft.core.cache import kept_steps
+    from regraft.core.cache_folder import cache_folder
     from regraft.core.execute import ApplyOptions, inputs_of, prepare
     from regraft.core.host import host
     from regraft.core.requirements import check_resources, disk_bytes
@@ -39,6 +41,7 @@ def plan(
         findings += _needs_force(target)
         check_resources(made, target, link=link)
     document = as_document(made, disk_bytes(made, link=link))
+    document["cached"] = kept_steps(made, cache_folder())
     if as_json:
         print_json({**document, "findings": [str(finding) for finding in findings]})
         return
@@ -92,7 +95,8 @@ def as_document(made: Plan, disk: int) -> dict[str, Any]:
 def _print(made: Plan, document: dict[str, Any], *, tensors: bool) -> None:
     print(f"{made.recipe.name}: {made.base.label}, {len(made.base.tensors)} tensors")
     for step in made.steps:
-        print(f"  {step.id}: {step.transformation.summary}")
+        cached = " (from the cache)" if step.id in document["cached"] else ""
+        print(f"  {step.id}: {step.transformation.summary}{cached}")
         for name in dict.fromkeys([*step.outline.json, *step.outline.undecided]):
             print(f"    {name}: {', '.join(_keys(step.outline, name))}")
         for note in step.outline.notes:

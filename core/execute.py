@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from regraft.core.cache import StepCache
 from regraft.core.checkpoint import Checkpoint, FileRef
 from regraft.core.devices import check_device, resolve_device
 from regraft.core.errors import InputError, PluginError, TransformationError, UsageError, VerificationError
@@ -64,6 +65,7 @@ class ApplyOptions:
         verify: `structure`, `load` or `forward`; None takes the recipe's.
         save_patches: folder to which each step's patch is saved.
         restart: forget what steps of an earlier run into the same target have saved to go on from.
+        cache: take results of steps from the step cache, and keep them there.
     """
 
     device: str = "auto"
@@ -75,6 +77,7 @@ class ApplyOptions:
     verify: str | None = None
     save_patches: Path | None = None
     restart: bool = False
+    cache: bool = True
 
 
 @dataclass
@@ -88,7 +91,9 @@ class Events:
 
 @dataclass(frozen=True)
 class ApplyReport:
-    """The result of a run. `brings_code` says that the output has a model class of its own."""
+    """The result of a run. `brings_code` says that the output has a model class of its own; `cached` are the ids of the
+    steps whose results came from the cache.
+    """
 
     target: Path
     plan: Plan
@@ -101,6 +106,7 @@ class ApplyReport:
     notes: tuple[str, ...] = field(default=())
     realised: Realised = field(default_factory=Realised)
     brings_code: bool = False
+    cached: tuple[str, ...] = ()
 
 
 def prepare(recipe: Recipe, host: Host, options: ApplyOptions) -> tuple[Plan, list[Finding]]:
@@ -157,8 +163,9 @@ def apply(recipe: Recipe, target: Path, host: Host, options: ApplyOptions, event
     notes = (*ran.notes, *filter(None, [ran.realised.note()]))
     code = "auto_map" in ran.result.config
     return ApplyReport(
-        target, plan, ran.patches, written, size, seconds, verified, tuple(findings), notes, ran.realised, code
-    )
+        target, plan, ran.patches, written, size, seconds, verified, tuple(findings), notes, ran.realised, code,
+        ran.cached,
+    )  # fmt: skip
 
 
 def attend(recipe: Recipe, target: Path, host: Host, options: ApplyOptions) -> None:
@@ -227,6 +234,7 @@ class StepsRun:
         result: the output, after what `[output]` asks for.
         notes: what `[output]` has to say.
         realised: told, while the output is written, what becomes of changes of quantised weights.
+        cached: ids of the steps whose patches came from the cache.
     """
 
     patches: tuple[Patch, ...]
@@ -234,6 +242,7 @@ class StepsRun:
     result: Checkpoint
     notes: tuple[str, ...]
     realised: Realised
+    cached: tuple[str, ...] = ()
 
 
 def run_steps(plan: Plan, host: Host, space: Workspace, device: str, options: ApplyOptions, events: Events) -> StepsRun:
@@ -245,19 +254,25 @@ def run_steps(plan: Plan, host: Host, space: Workspace, device: str, options: Ap
     """
     ours = processes()
     checkpoints, patches = [plan.base], list[Patch]()
-    for step in plan.steps:
+    cache = StepCache(plan, device, space.target, events.say, ours, strict=options.strict, wanted=options.cache)
+    for index, step in enumerate(plan.steps):
         checkpoint = checkpoints[-1]
         trust = plan.recipe.base.trust_remote_code or _all_code_is_ours(plan.steps, patches, checkpoint)
         run = Run(step.id, device, plan.recipe.seed, options.strict, space.cache, events.say, trust=trust,
                   state=space.state_of(step.id), rank=ours.rank, world=ours.world)  # fmt: skip
         host.before_step(step.id, checkpoint)
-        patch = _apply_step(step, checkpoint, run)
+        patch = found = cache.find(index, checkpoint)
+        started = time.monotonic()
+        if patch is None:
+            patch = _apply_step(step, checkpoint, run)
         host.after_step(step.id, checkpoint, patch)
         patches.append(patch)
         checkpoints.append(overlay(checkpoint, patch, by=step.id))
+        if found is None:
+            cache.keep(index, patch, checkpoint, checkpoints[-1], time.monotonic() - started)
     output = output_of(plan.recipe, plan.base, checkpoints[-1], host)
     result = replace(output.checkpoint, files={**output.checkpoint.files, **_reports(plan.steps, patches)})
-    return StepsRun(tuple(patches), tuple(checkpoints), result, output.notes, output.realised)
+    return StepsRun(tuple(patches), tuple(checkpoints), result, output.notes, output.realised, tuple(cache.hits))
 
 
 def _apply_step(step: PlannedStep, checkpoint: Checkpoint, run: Run) -> Patch:

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 LOCK_SCHEMA = 1
 _MATTER = re.compile(r"---\n(.*?\n)---\n", re.DOTALL)
 _INHERITED = re.compile(r"^(?:license|license_name|license_link|pipeline_tag): *[\w./:-]+$", re.MULTILINE)
-_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "triton", "bitsandbytes", "gguf")
+PACKAGES = (
+    "torch", "transformers", "tokenizers", "safetensors", "numpy", "triton", "bitsandbytes", "gguf", "matplotlib",
+)  # fmt: skip
+"""What computes, or draws: with another version of one of these the output can have other bytes."""
 
 
 def lock_document(
@@ -94,7 +97,7 @@ def environment(device: str) -> dict[str, Any]:
     """Versions of what computes, and the kind of machine."""
     return {
         "python": platform.python_version(),
-        "packages": {name: package_version(name) for name in _PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES},
         "system": platform.system(),
         "machine": platform.machine(),
         "device": device.split(":")[0],
