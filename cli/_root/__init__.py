@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     from regraft.core.offsets import HeadOffset, HeadScale, ResidualBias
     from regraft.core.operations import Convert, Operation, ScaleRows, Value
     from regraft.core.patch import Edit, Outline, Patch, overlay
+    from regraft.core.portable_code import CodePatch, code_patch, portable_code, read_template
     from regraft.core.residual_bias import bake_head_scales, bake_residual_biases
     from regraft.core.sources import Reference, Source, open_checkpoint
     from regraft.core.specs import TensorSpec
-    from regraft.core.tensors import LazyTensor, MemoryTensor
+    from regraft.core.tensors import LazyTensor, MemoryTensor, PromisedTensor
     from regraft.core.transformation import Params, Run, Transformation, WeightSpace
 
 _HOMES = {
@@ -53,6 +54,7 @@ _HOMES = {
     "regraft.core.errors": (
         "InputError",
         "PluginError",
+    "PromisedTensor",
         "RegraftError",
         "ResourceError",
         "TransformationError",
@@ -68,10 +70,11 @@ _HOMES = {
     "regraft.core.offsets": ("HeadOffset", "HeadScale", "ResidualBias"),
     "regraft.core.operations": ("Convert", "Operation", "ScaleRows", "Value"),
     "regraft.core.patch": ("Edit", "Outline", "Patch", "overlay"),
+    "regraft.core.portable_code": ("CodePatch", "code_patch", "portable_code", "read_template"),
     "regraft.core.residual_bias": ("bake_head_scales", "bake_residual_biases"),
     "regraft.core.sources": ("Reference", "Source", "open_checkpoint"),
     "regraft.core.specs": ("TensorSpec",),
-    "regraft.core.tensors": ("LazyTensor", "MemoryTensor"),
+    "regraft.core.tensors": ("LazyTensor", "MemoryTensor", "PromisedTensor"),
     "regraft.core.transformation": ("Params", "Run", "Transformation", "WeightSpace"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -80,6 +83,7 @@ __all__ = [
     "API_VERSION",
     "Architecture",
     "Checkpoint",
+    "CodePatch",
     "Convert",
     "Edit",
     "Family",
@@ -100,6 +104,7 @@ __all__ = [
     "Part",
     "Patch",
     "PluginError",
+    "PromisedTensor",
     "Reference",
     "RegraftError",
     "ResidualBias",
@@ -119,6 +124,7 @@ __all__ = [
     "architecture_of",
     "bake_head_scales",
     "bake_residual_biases",
+    "code_patch",
     "embedding",
     "head",
     "hookimpl",
@@ -126,6 +132,8 @@ __all__ = [
     "norm",
     "open_checkpoint",
     "overlay",
+    "portable_code",
+    "read_template",
 ]
 
 
