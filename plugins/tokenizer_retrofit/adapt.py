@@ -1,4 +1,4 @@
-"""Training of the new rows alone: the body, the kept rows and everything else keep their bytes.
+"""Training of the new rows, and of low-rank factors beside the body where asked for; all else keeps its bytes.
 
 A polish, not a cure (about a sixth of what a replaced vocabulary loses, then a plateau), and a rate that is too high
 does harm: so bits per byte of held-out text decide whether what was learnt is kept.
@@ -6,7 +6,8 @@ does harm: so bits per byte of held-out text decide whether what was learnt is k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +28,17 @@ from regraft.core.training.trained import stored_tensors
 from regraft.core.training.weights import Trainable
 from regraft.core.transformation import Run
 from regraft.plugins.tokenizer_retrofit.alignment import Cutter
-from regraft.plugins.tokenizer_retrofit.bits import bits_per_byte
+from regraft.plugins.tokenizer_retrofit.bits import ALL, bits_by_name
+from regraft.plugins.tokenizer_retrofit.body import Body
 from regraft.plugins.tokenizer_retrofit.likelihoods import LikelihoodMatching
 from regraft.plugins.tokenizer_retrofit.params import AdaptSettings
+from regraft.plugins.tokenizer_retrofit.spaces import space_tokens
 from regraft.plugins.tokenizer_retrofit.teacher import batches_of, taught_steps
 from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
 
 if TYPE_CHECKING:
     from regraft.core.checkpoint import FileRef
+    from regraft.core.patch import Edit
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +47,16 @@ class Adapted:
 
     Args:
         learnt: [rows, d] fp32 by table; empty where bits per byte did not fall, so that the rows stay as made.
+        body: of the body's weights; empty likewise, and where the body does not learn.
+        bits: per byte by file and for `ALL`, with rows as made (`initial`) and as learnt (`adapted`).
         figures: JSON values.
         reports: curve and losses.
         notes: for the user.
     """
 
     learnt: dict[str, torch.Tensor]
+    body: dict[str, Edit]
+    bits: dict[str, dict[str, float]]
     figures: dict[str, Any]
     reports: dict[str, FileRef]
     notes: tuple[str, ...]
@@ -62,10 +70,10 @@ def adapt(
     tables: Sequence[str],
     rows: Sequence[int],
     settings: AdaptSettings,
-    held_out: Sequence[str],
+    held_out: Mapping[str, Sequence[str]],
     run: Run,
 ) -> Adapted:
-    """Learn the new rows.
+    """Learn the new rows, and what the settings say of the body.
 
     Args:
         before, after: the checkpoint without and with the new vocabulary.
@@ -73,7 +81,8 @@ def adapt(
         tables: names of the embeddings and the head.
         rows: that learn, those of new tokens.
         settings: of the training.
-        held_out: passages whose bits per byte are measured before and after; none: what was learnt is kept unseen.
+        held_out: passages by file, whose bits per byte are measured before and after; none: what was learnt is kept
+            unseen.
         run: the run.
 
     Raises:
@@ -86,32 +95,40 @@ def adapt(
     model = run.model(after)
     head = Head.of(model)
     learns = _tables(after, model, tables, rows)
-    initial = bits_per_byte(head, tokenizer, held_out, run.device) if held_out else None
+    body = None if settings.body is None else Body(model, before, settings.body, run.seed_for("body"))
+    bits = {"initial": bits_by_name(head, tokenizer, held_out, run.device)} if held_out else {}
     batches, summary = taught if taught is not None else _text_steps(after, model, tokenizer, settings, run)
-    objective: Objective = CrossEntropy(head) if taught is None else LikelihoodMatching(head)
+    spaces = space_tokens(new) if taught is not None and settings.append_space else None
+    objective: Objective = CrossEntropy(head) if taught is None else LikelihoodMatching(head, spaces)
     options = TrainSettings(
         lr=settings.lr, warmup_steps=min(settings.warmup_steps, len(batches)), schedule=settings.schedule,
         betas=(0.9, 0.95), precision=settings.precision, seed=run.seed_for("training"),
     )  # fmt: skip
     records = Records(
         state=run.state / "adapt" if run.state else None, listen=telling(run.tell),
-        identity={"base": after.digest, "taught by": before.digest},
+        identity={"base": after.digest, "taught by": before.digest, "scale": 1.0 if body is None else body.scale},
     )  # fmt: skip
-    report = train(model, batches, options, objective, learns, records=records)
+    with nullcontext() if body is None else body.attached():
+        learning = {**learns, **({} if body is None else body.trainable())}
+        report = train(model, batches, options, objective, learning, records=records)
     figures: dict[str, Any] = {"adapt": {**report_metrics(report), "loss": settings.loss, "data": summary}}
-    notes = [f"{len(rows)} new rows learnt in {report.steps} steps"]
-    if initial is not None:
-        learnt = bits_per_byte(head, tokenizer, held_out, run.device)
-        figures["bpb_initial"], figures["bpb_adapted"] = round(initial, 6), round(learnt, 6)
+    if body is not None:
+        figures["adapt"]["body"] = {**body.figures(), "lost_to_rounding": round(body.merge(), 6)}
+    also = "" if body is None else f", and factors beside {len(body.pairs)} weights of the body, which are merged"
+    note = f"{len(rows)} new rows learnt in {report.steps} steps{also}"
+    reports = training_reports(report, run.step)
+    if bits:
+        bits["adapted"] = bits_by_name(head, tokenizer, held_out, run.device)
+        initial, learnt = bits["initial"][ALL], bits["adapted"][ALL]
         if learnt >= initial:
-            notes = [f"the training did not help ({initial:.4f} to {learnt:.4f} bits per byte): new rows stay as made"]
-            return Adapted({}, figures, training_reports(report, run.step), tuple(notes))
+            note = f"the training did not help ({initial:.4f} to {learnt:.4f} bits per byte): the model stays as made"
+            return Adapted({}, {}, bits, figures, reports, (note,))
     learnt_rows = {
         name: tensor.detach()[list(rows)].float().cpu().clone()
         for parameter in learns
         for name, tensor in stored_tensors(after, model, parameter).items()
     }
-    return Adapted(learnt_rows, figures, training_reports(report, run.step), tuple(notes))
+    return Adapted(learnt_rows, {} if body is None else body.edits(), bits, figures, reports, (note,))
 
 
 def _text_steps(

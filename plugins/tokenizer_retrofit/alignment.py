@@ -84,40 +84,50 @@ def align(one: Sequence[int], other: Sequence[int]) -> tuple[list[int], list[int
     return first, second
 
 
+def cut(texts: Iterable[str], tokens: int) -> Iterator[str]:
+    """Passages of about so many tokens, one after the other."""
+    return (piece for text in texts for piece in passages([text], nbytes=_BYTES_PER_TOKEN * tokens))
+
+
 def aligned_texts(
     texts: Iterable[str], old: Cutter, new: Cutter, *, tokens: int, window: int
 ) -> Iterator[Aligned | None]:
-    """Passages of texts as both cut them; None for one that they do not spell alike.
+    """Passages as both cut them, in two where they are too long; None for one that they do not spell alike.
 
     Args:
-        texts: raw.
+        texts: passages.
         old, new: the tokenizers.
         tokens: most of the new one, for a passage; `window`: most of the old one.
         window: see `tokens`.
     """
-    open_ = [piece for text in texts for piece in passages([text], nbytes=_BYTES_PER_TOKEN * tokens)][::-1]
     number = 0
-    while open_:
-        text = open_.pop()
-        one, other = old.cut(text), new.cut(text)
-        if one is None or other is None:
-            yield None
-            continue
-        (old_ids, old_bytes), (new_ids, new_bytes) = one, other
-        if len(text) > 1 and (len(old_ids) >= window or len(new_ids) >= tokens):
-            middle = text.find(" ", len(text) // 2, len(text) - 1)
-            middle = middle if middle > 0 else len(text) // 2
-            open_ += [text[middle:], text[:middle]]
-            continue
-        number += 1
-        lengths = _same_bytes(old_bytes, new_bytes)
-        if lengths is None:
-            yield None
-            continue
-        first, second = align(*lengths)
-        sides = old.side(old_ids, first, number), new.side(new_ids, second, number)
-        there = {*sides[0].chunks} & {*sides[1].chunks} - {NO_CHUNK}
-        yield Aligned(*sides, first[-1] + 1) if there else None
+    for passage in texts:
+        open_ = [passage]
+        while open_:
+            text = open_.pop()
+            one, other = old.cut(text), new.cut(text)
+            number += 1
+            if one is None or other is None:
+                yield None
+            elif len(text) > 1 and (len(one[0]) >= window or len(other[0]) >= tokens):
+                middle = text.find(" ", len(text) // 2, len(text) - 1)
+                middle = middle if middle > 0 else len(text) // 2
+                open_ += [text[middle:], text[:middle]]
+            else:
+                yield _aligned(old, one, new, other, number)
+
+
+def _aligned(
+    old: Cutter, one: tuple[list[int], list[bytes]], new: Cutter, other: tuple[list[int], list[bytes]], number: int
+) -> Aligned | None:
+    """A passage of two cuts; None where the bytes differ or no chunk is there on both sides."""
+    lengths = _same_bytes(one[1], other[1])
+    if lengths is None:
+        return None
+    first, second = align(*lengths)
+    sides = old.side(one[0], first, number), new.side(other[0], second, number)
+    there = {*sides[0].chunks} & {*sides[1].chunks} - {NO_CHUNK}
+    return Aligned(*sides, first[-1] + 1) if there else None
 
 
 def _same_bytes(one: Sequence[bytes], other: Sequence[bytes]) -> tuple[list[int], list[int]] | None:

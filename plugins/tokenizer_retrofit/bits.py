@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,8 +17,17 @@ from regraft.core.training.modes import without_dropout
 if TYPE_CHECKING:
     from regraft.core.training.head import Head
 
+ALL = ""
+"""The name of all texts together; no file has it."""
 PASSAGE_BYTES = 700
 """Of a passage; texts are cut by bytes, so the passages are the same for every tokenizer."""
+
+
+def passage_bytes(config: Mapping[str, Any]) -> int:
+    """Of the longest passage that any tokenizer writes in fewer tokens than the model has positions."""
+    text = config.get("text_config", config)
+    window = text.get("max_position_embeddings") or text.get("n_positions") or PASSAGE_BYTES + 2
+    return max(1, min(PASSAGE_BYTES, window - 2))
 
 
 def passages(texts: Sequence[str], *, nbytes: int = PASSAGE_BYTES) -> list[str]:
@@ -27,16 +36,27 @@ def passages(texts: Sequence[str], *, nbytes: int = PASSAGE_BYTES) -> list[str]:
 
 
 def bits_per_byte(head: Head, tokenizer: Any, texts: Sequence[str], device: str) -> float:
-    """-Σ log2 p over every token of every text, divided by the texts' bytes.
+    """-Σ log2 p over every token of every text, divided by the texts' bytes. Takes what `bits_by_name` takes."""
+    return bits_by_name(head, tokenizer, {"texts": texts}, device)[ALL]
+
+
+def bits_by_name(head: Head, tokenizer: Any, texts: Mapping[str, Sequence[str]], device: str) -> dict[str, float]:
+    """Bits per byte of some texts by their names, and, as `ALL`, of all together.
 
     Each text stands alone behind the token that begins or ends texts, so that its first token counts too.
 
     Args:
         head: of the model.
         tokenizer: its own.
-        texts: short ones; see `passages`.
+        texts: short ones, see `passages`, by names such as those of files.
         device: of the model.
     """
+    measured = {name: _nats_and_bytes(head, tokenizer, own, device) for name, own in texts.items()}
+    measured[ALL] = sum(nats for nats, _ in measured.values()), sum(size for _, size in measured.values())
+    return {name: nats / math.log(2) / max(1, size) for name, (nats, size) in measured.items()}
+
+
+def _nats_and_bytes(head: Head, tokenizer: Any, texts: Sequence[str], device: str) -> tuple[float, int]:
     start = start_of(tokenizer)
     nats, size = 0.0, 0
     with torch.no_grad(), without_dropout(head.model), memory("measuring bits per byte"):
@@ -48,7 +68,7 @@ def bits_per_byte(head: Head, tokenizer: Any, texts: Sequence[str], device: str)
             example = Example(ints(ids), ints([IGNORED, *ids[1:]]), Place("text", number + 1))
             nats += head.label_losses(collate([example], (0,), device)).double().item()
             size += len(text.encode())
-    return nats / math.log(2) / max(1, size)
+    return nats, size
 
 
 def start_of(tokenizer: Any) -> int | None:

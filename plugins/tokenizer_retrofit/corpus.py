@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from regraft.core.data.load import files_of, read_rows
@@ -16,6 +17,7 @@ from regraft.core.errors import InputError
 from regraft.plugins.tokenizer_retrofit.merges import Word
 from regraft.plugins.tokenizer_retrofit.spelling import SPACE
 from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
+from regraft.plugins.tokenizer_retrofit.verbatim import between
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -43,18 +45,22 @@ class Corpus:
             InputError: a file is no UTF-8 text, or holds zero bytes; there is no text at all.
             UsageError: the files have no column of text.
         """
+        return (text for _, text in self.named_texts())
+
+    def named_texts(self) -> Iterator[tuple[str, str]]:
+        """As `texts`, each with the name of its file."""
         left, found = self.budget, False
-        for text in self._rows():
+        for name, text in self._rows():
             data = text if left is None else text.encode()[:left].decode(errors="ignore")
             if data:
                 found = True
-                yield data
+                yield name, data
             if left is not None and (left := left - len(data.encode())) <= 0:
                 return
         if not found:
             raise InputError("the corpus has no text", where=", ".join(self.data.sources), remedy="give more data")
 
-    def _rows(self) -> Iterator[str]:
+    def _rows(self) -> Iterator[tuple[str, str]]:
         bad = BadRows(self.data.max_bad_rows)
         for source in self.data.sources:
             columns, file = None, None
@@ -70,7 +76,7 @@ class Corpus:
                 assert isinstance(record, Text)
                 if "\0" in record.text:
                     raise InputError("is not text: it holds a zero byte", where=row.place, remedy="give plain text")
-                yield record.text
+                yield PurePath(row.place.file).name, record.text
 
     def by_file(self, nbytes: int, most: int) -> dict[str, str]:
         """The beginnings of the first files, by their names; none for what is no file, such as a hub id."""
@@ -94,18 +100,18 @@ def count_words(
         texts: raw.
         old: whose normaliser and pre-tokenizer cut the words, and whose model spells them. Without a pre-tokenizer
             a word begins at the mark of a space, as long as no token of the vocabulary spans words. Added tokens are
-            matched before, so they are no part of any word.
+            matched before, see `verbatim`, so they are no part of any word.
         tell: called with the number of characters read so far.
     """
     tokenizer = old.backend()
     marked = old.spelling == "pieces" and not old.spans_words
-    verbatim = _verbatim(old)
+    outside = between(old, tokenizer)
     pieces: Counter[str] = Counter()
     read = 0
     for text in texts:
         for part in _parts(text):
-            for between in verbatim.split(part) if verbatim is not None else (part,):
-                pieces.update(_cut(between, tokenizer, marked))
+            for normal in outside(part):
+                pieces.update(_cut(normal, tokenizer, marked))
             read += len(part)
             if tell is not None:
                 tell(read)
@@ -115,12 +121,6 @@ def count_words(
         if word:
             words[word] += count
     return words
-
-
-def _verbatim(old: TokenizerFile) -> re.Pattern[str] | None:
-    """Where an added token stands, the longest first."""
-    tokens = sorted(filter(None, old.verbatim), key=lambda token: (-len(token), token))
-    return re.compile("|".join(map(re.escape, tokens))) if tokens else None
 
 
 def _parts(text: str) -> Iterator[str]:
@@ -135,9 +135,8 @@ def _parts(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _cut(text: str, tokenizer: Tokenizer, marked: bool) -> Iterator[str]:
+def _cut(normal: str, tokenizer: Tokenizer, marked: bool) -> Iterator[str]:
     """Words, in the alphabet of the model."""
-    normal = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer is not None else text
     if tokenizer.pre_tokenizer is not None:
         pieces: Iterable[str] = (piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal))
     else:

@@ -1,8 +1,10 @@
 """`extend`: merges learnt on a corpus go behind the old ones, and each brings a token.
 
 Old merges come first when a text is cut, so the new cut is the old one with some neighbours joined; a text without any
-new token keeps its ids, and the model its logits. That is the batch merging of Dynamic Tokenization (arXiv 2411.18553)
-decided once, on a corpus: every loader knows what to do with it, and the model can write the new tokens too.
+new token keeps its ids, and the model its logits. That holds with `ignore_merges` too, where a word that is a token is
+not merged: nothing was merged across the ends of the parts of a new token, so its text alone was cut into the same
+parts. It is the batch merging of Dynamic Tokenization (arXiv 2411.18553) decided once, on a corpus: every loader knows
+what to do with it, and the model can write the new tokens too.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from regraft.core.data.batches import Batch, Batches, collate
 from regraft.core.data.rows import Place
 from regraft.core.training.head import Head
 from regraft.plugins.tokenizer_retrofit.alignment import NO_CHUNK, Aligned, Side
+from regraft.plugins.tokenizer_retrofit.spaces import joined, label_and_space_log_probs
 
 TEMPERATURE, MARGIN = 100.0, 1e-6
 """τ and ε of the loss, as in the paper's own code."""
@@ -31,11 +32,13 @@ class ChunkBatch:
     Args:
         batch: of the model that learns.
         chunks: [B, T] int64 the chunk, of all rows', that the next token belongs to; `NO_CHUNK` for none.
+        ends: [C] int64 the last token of each chunk, counted through all rows.
         wanted: [C] log-likelihoods by the teacher, nats; fp32. NaN where a chunk has none.
     """
 
     batch: Batch
     chunks: torch.Tensor
+    ends: torch.Tensor
     wanted: torch.Tensor
 
     @property
@@ -49,27 +52,43 @@ class ChunkBatch:
         return self.batch.tokens
 
 
-def chunk_log_probs(head: Head, batch: Batch, chunks: torch.Tensor, count: int) -> torch.Tensor:
-    """Log-likelihood of each chunk, [count] fp32: the sum over its tokens.
+def chunk_log_probs(
+    head: Head, batch: Batch, chunks: torch.Tensor, ends: torch.Tensor, spaces: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-likelihood of each chunk, the sum over its tokens, and of a space behind it; both [C] fp32.
 
     Args:
         head: of the model.
         batch: B rows of T tokens.
         chunks: [B, T], see `ChunkBatch`.
-        count: of chunks.
+        ends: [C], see there.
+        spaces: [S] int64, the tokens that count as a space; None: what is behind counts as certain.
     """
-    log_probs = -head.label_losses(batch, reduction="none").float()
+    if spaces is None:
+        log_probs = -head.label_losses(batch, reduction="none").float()
+        behind = log_probs.new_zeros(len(ends))
+    else:
+        log_probs, behind = label_and_space_log_probs(head, batch.input_ids, ends, spaces)
     rows = chunks != NO_CHUNK
-    return log_probs.new_zeros(count).index_add(0, chunks[rows], log_probs[rows])
+    return log_probs.new_zeros(len(ends)).index_add(0, chunks[rows], log_probs[rows]), behind
 
 
-def next_chunks(sides: Sequence[Side], counts: Sequence[int], length: int, device: str) -> torch.Tensor:
-    """[B, length]: the chunk of the token behind each; chunks of later rows are counted on."""
+def next_chunks(
+    sides: Sequence[Side], counts: Sequence[int], length: int, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, length]: the chunk of the token behind each, and [C]: the last token of each chunk, 0 for one without any.
+
+    Chunks of later rows are counted on.
+    """
     found = torch.full((len(sides), length), NO_CHUNK, dtype=torch.int64)
+    ends = torch.zeros(sum(counts), dtype=torch.int64)
     for row, (side, first) in enumerate(zip(sides, accumulate([0, *counts]), strict=False)):
         own = torch.tensor(side.chunks[1:], dtype=torch.int64)
         found[row, : len(own)] = torch.where(own == NO_CHUNK, own, own + first)
-    return found.to(device)
+        for place, chunk in enumerate(side.chunks):
+            if chunk != NO_CHUNK:
+                ends[first + chunk] = row * length + place
+    return found.to(device), ends.to(device)
 
 
 @dataclass(frozen=True)
@@ -77,20 +96,27 @@ class LikelihoodMatching:
     """Binary cross-entropy of chunks, p = exp(log p / τ - ε); the unit is a chunk.
 
     -[p_T·log p_S + (1 - p_T)·log(1 - p_S)], least where both are as likely.
+
+    Args:
+        head: of the model that learns.
+        spaces: ids of its tokens that count as a space behind a chunk; None leaves out what is behind.
     """
 
     head: Head
+    spaces: Sequence[int] | None = None
 
     def __call__(self, batch: ChunkBatch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         """The sum over chunks; `gap` is how far the log-likelihoods are apart, in nats."""
-        found = chunk_log_probs(self.head, batch.batch, batch.chunks, len(batch.wanted))
+        spaces = None if self.spaces is None else torch.tensor(self.spaces, device=batch.ends.device)
+        likely, behind = chunk_log_probs(self.head, batch.batch, batch.chunks, batch.ends, spaces)
         there = ~batch.wanted.isnan()
-        found, wanted = found[there], batch.wanted[there]
+        found, wanted = (likely + behind)[there], batch.wanted[there]
         return matching_loss(found, wanted).sum(), {"gap": (found - wanted).detach().abs().sum()}
 
     def identity(self) -> Mapping[str, Any]:
         """Its name and constants; the teacher follows from the checkpoint."""
-        return {"name": "likelihood matching", "temperature": TEMPERATURE, "margin": MARGIN}
+        return {"name": "likelihood matching", "temperature": TEMPERATURE, "margin": MARGIN,
+                "append_space": self.spaces is not None}  # fmt: skip
 
 
 def matching_loss(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -155,17 +181,37 @@ class ChunkSteps:
     def _piece(self, batch: Batch, device: str) -> ChunkBatch:
         texts = [self.texts[index] for index in batch.indices]
         counts = [text.count for text in texts]
-        chunks = next_chunks([text.new for text in texts], counts, batch.input_ids.shape[1], device)
-        return ChunkBatch(batch, chunks, torch.cat([self.wanted[index] for index in batch.indices]).to(device))
+        chunks, ends = next_chunks([text.new for text in texts], counts, batch.input_ids.shape[1], device)
+        return ChunkBatch(batch, chunks, ends, torch.cat([self.wanted[index] for index in batch.indices]).to(device))
 
 
-def teacher_log_probs(head: Head, text: Aligned, device: str) -> torch.Tensor:
-    """[C] log-likelihoods of a text's chunks by the old model, on the CPU; NaN for chunks that either side lacks."""
+def teacher_log_probs(
+    head: Head, text: Aligned, device: str, *, spaces: Sequence[int] | None, append_space: bool, join_below: float
+) -> tuple[Aligned, torch.Tensor]:
+    """What the old model says of a text's chunks, and the text with the chunks that it says so of.
+
+    Args:
+        head: of the old model.
+        text: aligned.
+        device: of the model.
+        spaces: ids of the old tokens that count as a space; None where neither of the next two needs them.
+        append_space: whether a chunk counts together with a space behind it.
+        join_below: see `spaces.joined`.
+
+    Returns:
+        The text with its chunks joined, and their log-likelihoods [C], on the CPU; NaN for those that a side lacks.
+    """
     batch = collate([text.old.example], (0,), device)
-    chunks = next_chunks([text.old], [text.count], batch.input_ids.shape[1], device)
-    found = chunk_log_probs(head, batch, chunks, text.count).cpu()
+    chunks, ends = next_chunks([text.old], [text.count], batch.input_ids.shape[1], device)
+    ids = None if spaces is None else torch.tensor(spaces, device=device)
+    found, behind = (one.cpu() for one in chunk_log_probs(head, batch, chunks, ends, ids))
     for side in (text.old, text.new):
         there = torch.zeros(text.count, dtype=torch.bool)
         there[[chunk for chunk in side.chunks if chunk != NO_CHUNK]] = True
         found[~there] = torch.nan
-    return found
+    if not join_below:
+        return text, found + behind * append_space
+    made, new = joined(text, found, behind, join_below)
+    there = new != NO_CHUNK
+    last = list({chunk: place for place, chunk in enumerate(new.tolist()) if chunk != NO_CHUNK}.values())
+    return made, torch.zeros(made.count).index_add(0, new[there], found[there]) + behind[last] * append_space

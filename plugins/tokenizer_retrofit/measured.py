@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from regraft.core.checkpoint import Checkpoint, FileRef
+from regraft.core.data.settings import DataSettings
 from regraft.core.patch import Edit, Patch
 from regraft.core.training.head import Head
 from regraft.core.training.suitable import refuse_untrusted_code
 from regraft.core.transformation import Run
 from regraft.plugins.tokenizer_retrofit.adapt import adapt
-from regraft.plugins.tokenizer_retrofit.bits import bits_per_byte, passages
+from regraft.plugins.tokenizer_retrofit.bits import ALL, bits_by_name, passage_bytes, passages
+from regraft.plugins.tokenizer_retrofit.body_places import unchanged
 from regraft.plugins.tokenizer_retrofit.corpus import Corpus
 from regraft.plugins.tokenizer_retrofit.params import TokenizerRetrofitParams
 from regraft.plugins.tokenizer_retrofit.rows import Rows
@@ -48,32 +51,48 @@ def measured(
         RegraftError: as `adapt`; the model or the texts cannot be read.
     """
     refuse_untrusted_code(before, trust=run.trust)
-    texts: list[str] = []
-    figures: dict[str, Any] = {}
-    notes: list[str] = []
-    if params.held_out is not None:
-        texts = passages(list(Corpus(params.held_out, HELD_OUT_BYTES).texts()))
-        for name, checkpoint in (("bpb_before", before), ("bpb_initial", after)):
-            if name == "bpb_initial" and params.adapt is not None:
-                continue
-            run.tell(f"bits per byte of {len(texts)} held-out passages, {name.removeprefix('bpb_')}")
-            tokenizer = run.tokenizer(checkpoint)
-            found = bits_per_byte(Head.of(run.model(checkpoint)), tokenizer, texts, run.device)
-            figures[name] = round(found, 6)
-    reports: dict[str, FileRef] = {}
+    texts = {} if params.held_out is None else _held_out(params.held_out, passage_bytes(before.config))
     fresh = [index for index, origin in enumerate(new.origins) if origin.kept is None and index in new.tokenizer.tokens]
-    if params.adapt is not None and fresh:
+    learns = params.adapt is not None and bool(fresh)
+    bits: dict[str, dict[str, float]] = {}
+    for name, checkpoint in (("before", before), ("initial", after)) if texts else ():
+        if name == "initial" and learns:
+            continue  # measured with the model that then learns
+        run.tell(f"bits per byte of {sum(map(len, texts.values()))} held-out passages, {name}")
+        bits[name] = bits_by_name(Head.of(run.model(checkpoint)), run.tokenizer(checkpoint), texts, run.device)
+    notes, figures, reports = patch.notes, dict[str, Any](), dict[str, FileRef]()
+    if params.adapt is not None:
+        patch = replace(patch, edits={**patch.edits, **unchanged(before, params.adapt.body)})
+    if params.adapt is not None and not fresh:
+        notes = (*notes, "no token is new, so nothing was learnt")
+    elif params.adapt is not None:
         settings = params.adapt.model_copy(update={"data": params.adapt.data or params.corpus})
         names = [name for role, name in tables.by_role().items() if role != "bias"]
         adapted = adapt(before, after, old, new.tokenizer, names, fresh, settings, texts, run)
-        figures |= adapted.figures
-        reports |= adapted.reports
-        notes += adapted.notes
+        bits |= adapted.bits
+        figures, reports, notes = adapted.figures, adapted.reports, (*notes, *adapted.notes)
         patch = _with_rows(before, patch, tables, new, fresh, adapted.learnt)
-    if "bpb_before" in figures:
-        last = figures.get("bpb_adapted", figures.get("bpb_initial"))
-        notes.append(f"bits per byte of the held-out texts: {figures['bpb_before']:.4f} before, {last:.4f} now")
-    return replace(patch, notes=(*patch.notes, *notes)), figures, reports
+        patch = replace(patch, edits={**patch.edits, **adapted.body})
+    if bits:
+        figures |= _bits_figures(bits, list(texts))
+        last = figures.get("bpb_adapted", figures["bpb_initial"])
+        notes = (*notes, f"bits per byte of the held-out texts: {figures['bpb_before']:.4f} before, {last:.4f} now")
+    return replace(patch, notes=notes), figures, reports
+
+
+def _bits_figures(bits: Mapping[str, Mapping[str, float]], files: Sequence[str]) -> dict[str, Any]:
+    """JSON values: of all texts together, and by file."""
+    whole = {f"bpb_{name}": round(found[ALL], 6) for name, found in bits.items()}
+    by_file = {file: {name: round(found[file], 6) for name, found in bits.items()} for file in files}
+    return {**whole, "bpb_by_file": by_file}
+
+
+def _held_out(data: DataSettings, nbytes: int) -> dict[str, list[str]]:
+    """Passages of so many bytes by the name of their file."""
+    found: dict[str, list[str]] = {}
+    for name, text in Corpus(data, HELD_OUT_BYTES).named_texts():
+        found.setdefault(name, []).extend(passages([text], nbytes=nbytes))
+    return found
 
 
 def _with_rows(

@@ -58,13 +58,34 @@ class HypernetSettings(Params):
     language: Annotated[int, Field(ge=0)] | None = None
 
 
+class BodySettings(Params):
+    """Low-rank factors beside weights of the body (LoRA), with peft's defaults.
+
+    Args:
+        rank: of every delta.
+        alpha: deltas are multiplied by alpha / rank.
+        targets: projections of the layers; one that is stored together with others learns with them.
+    """
+
+    rank: Count = 8
+    alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 8.0
+    targets: Annotated[
+        tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...],
+        Field(min_length=1),
+    ] = ("q_proj", "v_proj")
+
+
 class AdaptSettings(Params):
-    """Training of the new rows alone.
+    """Training of the new rows, and of the body where it is asked for.
 
     Args:
         data: texts; None takes the corpus.
         loss: `clm`, cross-entropy of the texts' tokens; `alm`, the likelihoods that the model gave before the step,
             with its old tokenizer, to the same stretches of text.
+        append_space: of `alm`: a stretch counts together with a space, or the like, behind it.
+        join_below: of `alm`: a stretch goes on until the old model gives more than this to a space behind it; 0 joins
+            none.
+        body: low-rank factors that learn too, and are merged into the weights; None leaves the body as it is.
         steps, epochs: the most steps, and passes over the data.
         batch_size: sequences of a step.
         tokens: of a sequence; the texts are packed.
@@ -74,6 +95,9 @@ class AdaptSettings(Params):
 
     data: Data | None = None
     loss: Literal["clm", "alm"] = "clm"
+    append_space: bool = True
+    join_below: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    body: BodySettings | None = None
     steps: Count | None = 40
     epochs: Count = 1
     batch_size: Count = 1
@@ -82,6 +106,14 @@ class AdaptSettings(Params):
     warmup_steps: Annotated[int, Field(ge=0)] = 10
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    @model_validator(mode="after")
+    def _keys_fit(self) -> Self:
+        own = {key: AdaptSettings.model_fields[key].default for key in ("append_space", "join_below")}
+        strays = [key for key, default in own.items() if getattr(self, key) != default]
+        if self.loss != "alm" and strays:
+            raise ValueError(f'{strays[0]} is not for loss = "{self.loss}": leave it out')
+        return self
 
 
 class TokenizerRetrofitParams(Params):
@@ -134,8 +166,8 @@ class TokenizerRetrofitParams(Params):
     )
     adapt: AdaptSettings | None = Field(
         None,
-        description="Learn the new rows alone: { data, loss, steps, epochs, batch_size, tokens, lr, warmup_steps, "
-        "schedule, precision }. Default: they stay as made.",
+        description="Learn the new rows: { data, loss, append_space, join_below, body, steps, epochs, batch_size, "
+        "tokens, lr, warmup_steps, schedule, precision }. Default: they stay as made.",
     )
     held_out: Data | None = Field(
         None,

@@ -11,23 +11,21 @@ from regraft.core.checkpoint import Checkpoint, FileRef
 from regraft.core.errors import Unsupported
 from regraft.core.jsonio import dump
 from regraft.core.patch import Edit, Outline, Patch, overlay
-from regraft.core.plots import bar_chart
 from regraft.core.training.footprint import state_bytes, training_bytes
 from regraft.core.transformation import Run
 from regraft.core.verify.structure import TOKENIZER
-from regraft.plugins.tokenizer_retrofit.corpus import Corpus
+from regraft.plugins.tokenizer_retrofit.body_places import body_numbers, body_slots, body_specs
 from regraft.plugins.tokenizer_retrofit.initial import Initial
 from regraft.plugins.tokenizer_retrofit.metadata import metadata, movable
 from regraft.plugins.tokenizer_retrofit.params import AdaptSettings, TokenizerRetrofitParams
-from regraft.plugins.tokenizer_retrofit.proof import check_base, prove, tokens_per_word
+from regraft.plugins.tokenizer_retrofit.proof import check_base, prove
+from regraft.plugins.tokenizer_retrofit.report import FERTILITY, TABLES, fertility_by_file, picture, tables_page
 from regraft.plugins.tokenizer_retrofit.sources import check_source, corpus_of, make_vocabulary, most_rows
 from regraft.plugins.tokenizer_retrofit.tables import Tables
 from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
 from regraft.plugins.tokenizer_retrofit.vocabulary import NewVocabulary
 
-ID_MAP, REPORT, FERTILITY = "id_map.json", "retrofit_report.json", "fertility.png"
-_SAMPLE_BYTES, _MOST_FILES = 50_000, 24
-"""Of the corpus, for the picture."""
+ID_MAP, REPORT = "id_map.json", "retrofit_report.json"
 
 
 def check(checkpoint: Checkpoint, params: TokenizerRetrofitParams) -> None:
@@ -37,6 +35,8 @@ def check(checkpoint: Checkpoint, params: TokenizerRetrofitParams) -> None:
         raise Unsupported("this model does not predict the next token", where=checkpoint.label,
                           found=checkpoint.config.get("model_type"), remedy="leave adapt and held_out out")  # fmt: skip
     check_source(params)
+    if params.adapt is not None and params.adapt.body is not None:
+        body_slots(checkpoint, params.adapt.body)
 
 
 def outline(checkpoint: Checkpoint, params: TokenizerRetrofitParams) -> Outline:
@@ -45,12 +45,14 @@ def outline(checkpoint: Checkpoint, params: TokenizerRetrofitParams) -> Outline:
     tables = Tables.of(checkpoint, old)
     rows = padded(most_rows(old, tables, params), params.pad_to_multiple_of)
     changes = metadata(checkpoint, rows)
-    specs = tables.specs(checkpoint, rows)
+    body = params.adapt.body if params.adapt is not None else None
+    specs = {**tables.specs(checkpoint, rows), **body_specs(checkpoint, body)}
     memory = 4 * max(checkpoint.specs[tables.embeddings].nbytes, specs[tables.embeddings].nbytes)
     disk = 0
     if params.held_out is not None or params.adapt is not None:
         adapt = params.adapt or AdaptSettings()
-        trained = sum(math.prod(spec.shape) for spec in specs.values() if len(spec.shape) == 2)
+        own = [spec for spec in tables.specs(checkpoint, rows).values() if len(spec.shape) == 2]
+        trained = sum(math.prod(spec.shape) for spec in own) + body_numbers(checkpoint, body)
         tokens = adapt.tokens * adapt.batch_size
         memory += training_bytes(checkpoint, trained if params.adapt is not None else 0, tokens=tokens)
         disk = state_bytes(trained) if params.adapt is not None else 0
@@ -86,25 +88,22 @@ def apply(checkpoint: Checkpoint, params: TokenizerRetrofitParams, run: Run) -> 
     figures = {**new.figures, **new.counts(), **proven}
     if corpus is not None:
         figures["corpus"] = corpus.summary()
-    reports = _fertility(corpus, old, new) if corpus is not None else {}
+    words = fertility_by_file(corpus, old, new) if corpus is not None else {}
+    reports: dict[str, FileRef] = {}
     if params.held_out is not None or params.adapt is not None:
         from regraft.plugins.tokenizer_retrofit.measured import measured
 
         patch, more, learnt = measured(checkpoint, after, patch, tables, old, new, params, run)
         figures |= more
         reports |= learnt
-    reports |= {ID_MAP: FileRef(data=_json(new.id_map())), REPORT: FileRef(data=_json(figures))}
-    return replace(patch, metrics=figures, reports=reports, notes=(*patch.notes, *remarks))
-
-
-def _fertility(corpus: Corpus, old: TokenizerFile, new: NewVocabulary) -> dict[str, FileRef]:
-    """A picture of the tokens for each word of the corpus's files, before and after."""
-    tokenizers = {"before": old.backend(), "after": new.tokenizer.backend()}
-    found = {
-        name: {when: tokens_per_word(text, tokenizer) for when, tokenizer in tokenizers.items()}
-        for name, text in corpus.by_file(_SAMPLE_BYTES, _MOST_FILES).items()
+    reports |= {
+        ID_MAP: FileRef(data=_json(new.id_map())),
+        REPORT: FileRef(data=_json(figures)),
+        TABLES: FileRef(data=tables_page(run.step, figures, words)),
+        **({FERTILITY: FileRef(data=picture(words))} if words else {}),
     }
-    return {FERTILITY: FileRef(data=bar_chart(found, title="fertility", y="tokens for each word"))} if found else {}
+    notes = (*patch.notes, *remarks, f"tables of tokens for each word and bits per byte: regraft/{run.step}/{TABLES}")
+    return replace(patch, metrics=figures, reports=reports, notes=notes)
 
 
 def made_patch(

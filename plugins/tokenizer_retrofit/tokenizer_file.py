@@ -29,11 +29,18 @@ class AddedToken:
         content: verbatim.
         id: its row.
         special: whether it is left out of decoded text.
+        single_word: matched only where no letter, digit or _ stands beside it.
+        lstrip, rstrip: takes the whitespace before it, or behind it, along.
+        normalized: matched, as the normaliser writes it, in normalised text.
     """
 
     content: str
     id: int
     special: bool
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,11 +164,19 @@ class TokenizerFile:
         return left + (right.removeprefix(CONTINUES) if self.spelling == "words" else right)
 
     def backend(self) -> Tokenizer:
-        """It as `tokenizers` runs it.
+        """It as `tokenizers` runs it: one for all, not to be changed.
 
         Raises:
             InputError: `tokenizers` does not read it.
         """
+        return self._backend
+
+    @cached_property
+    def _backend(self) -> Tokenizer:
+        return self.new_backend()
+
+    def new_backend(self) -> Tokenizer:
+        """One that is the caller's own. Raises as `backend`."""
         from tokenizers import Tokenizer
 
         try:
@@ -216,7 +231,9 @@ def _added(document: Mapping[str, Any], label: str) -> Iterator[AddedToken]:
         content, index = (entry.get("content"), entry.get("id")) if isinstance(entry, Mapping) else (None, None)
         if not isinstance(content, str) or type(index) is not int or index < 0:
             raise InputError("an added token has no content or no id", where=label, found=entry)
-        yield AddedToken(content, index, bool(entry.get("special")))
+        special = bool(entry.get("special"))
+        flags = {flag: bool(entry.get(flag)) for flag in ("single_word", "lstrip", "rstrip")}
+        yield AddedToken(content, index, special, **flags, normalized=bool(entry.get("normalized", not special)))
 
 
 def _spelling(document: Mapping[str, Any], kind: str) -> Spelling:

@@ -110,7 +110,7 @@ class _Trained:
 def _trained(old: TokenizerFile, texts: Iterable[str], size: int, algorithm: Algorithm, min_count: int) -> _Trained:
     from tokenizers import models, pre_tokenizers, trainers
 
-    made = old.backend()
+    made = old.new_backend()
     made.post_processor = None
     if algorithm == "unigram":
         made.model = models.Unigram()

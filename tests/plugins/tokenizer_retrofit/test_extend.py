@@ -1,6 +1,8 @@
 """`extend`: texts keep their tokens but for joined neighbours, and the model its logits."""
 
+import itertools
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from regraft.core.errors import InputError, TransformationError
 from regraft.core.sources.open import open_checkpoint
 from regraft.core.transformation import Run
 from regraft.plugins.tokenizer_retrofit.extend import extend
+from regraft.plugins.tokenizer_retrofit.merges import learn_merges
 from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
 from tests.plugins.tokenizer_retrofit import toys
 
@@ -66,6 +69,34 @@ def test_taken_apart_the_new_tokens_of_any_text_are_the_old_ones(extended, kind)
 
     holds()
     assert len(ids(after, toys.DUTCH)) < 0.7 * len(ids(before, toys.DUTCH))
+
+
+LETTERS = "abc"
+SHORT = [text for size in range(1, 7) for text in map("".join, itertools.product(LETTERS, repeat=size))]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.sampled_from(SHORT), min_size=1, max_size=12),
+    st.lists(st.sampled_from(SHORT), min_size=4, max_size=30),
+    st.lists(st.sampled_from([text for text in SHORT if len(text) > 1]), max_size=6, unique=True),
+)
+def test_words_that_are_tokens_keep_to_that_with_ignore_merges(learnt, corpus, whole):
+    """`whole`: tokens that no merge makes, which only a word that they are is cut into."""
+    merges = learn_merges(Counter(map(tuple, learnt)), 8)
+    tokens = dict.fromkeys([*LETTERS, "Ġ", *(merge.token for merge in merges), *whole])
+    document = json.loads(toys.backend("byte-bpe").to_str())
+    document["added_tokens"] = []
+    document["model"] |= {"vocab": {token: index for index, token in enumerate(tokens)}, "ignore_merges": True,
+                          "merges": [[merge.left, merge.right] for merge in merges]}  # fmt: skip
+    old = TokenizerFile.parse({**document, "post_processor": None}, "file")
+    try:
+        new = extend(old, old.rows, [" ".join(corpus)], size=40, min_count=1, max_length=6)
+    except InputError:
+        return  # nothing to merge
+    before, after = old.backend(), new.tokenizer.backend()
+    for text in [*SHORT, " ".join(corpus)]:
+        assert split(new, ids(after, text)) == ids(before, text)
 
 
 @pytest.mark.parametrize("kind", toys.KINDS)
@@ -129,7 +160,7 @@ def test_the_same_corpus_gives_the_same_bytes(tmp_path):
     corpus.write_text(toys.DUTCH)
     folder = toys.save("llama", tmp_path / "base")
     one, other = (toys.retrofit(folder, corpus)[2] for _ in range(2))
-    assert one.reports.keys() == {"id_map.json", "retrofit_report.json", "fertility.png"}
+    assert one.reports.keys() == {"id_map.json", "retrofit_report.json", "retrofit.md", "fertility.png"}
     assert one.files["tokenizer.json"].read() == other.files["tokenizer.json"].read()
     assert {name: file.read() for name, file in one.reports.items()} == {
         name: file.read() for name, file in other.reports.items()

@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -13,11 +15,13 @@ from regraft.core.errors import InputError
 from regraft.core.sources.open import open_checkpoint
 from regraft.core.training.head import Head
 from regraft.core.transformation import Run
-from regraft.plugins.tokenizer_retrofit.alignment import NO_CHUNK, Cutter, align, aligned_texts
+from regraft.plugins.tokenizer_retrofit.alignment import NO_CHUNK, Cutter, align, aligned_texts, cut
 from regraft.plugins.tokenizer_retrofit.likelihoods import LikelihoodMatching, matching_loss
 from regraft.plugins.tokenizer_retrofit.params import AdaptSettings
-from regraft.plugins.tokenizer_retrofit.teacher import taught_steps
+from regraft.plugins.tokenizer_retrofit.spaces import label_and_space_log_probs, space_tokens
+from regraft.plugins.tokenizer_retrofit.teacher import drawn, taught_steps
 from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
+from tests.families import save_tiny
 from tests.plugins.tokenizer_retrofit import toys
 
 
@@ -63,7 +67,7 @@ def test_chunks_end_where_tokens_of_both_end(ends):
 def test_texts_are_cut_into_chunks_of_the_same_bytes(tmp_path, donor):
     old = cutter(open_checkpoint(toys.save("llama", tmp_path / "old")))
     new = cutter(open_checkpoint(toys.save("llama", tmp_path / "new", donor, rows=500)))
-    found = list(aligned_texts([toys.DUTCH], old, new, tokens=48, window=96))
+    found = list(aligned_texts(cut([toys.DUTCH], 48), old, new, tokens=48, window=96))
     assert len(found) > 3
     assert None not in found
     covered = []
@@ -85,39 +89,69 @@ def test_texts_are_cut_into_chunks_of_the_same_bytes(tmp_path, donor):
     assert b"".join(covered).replace(b" ", b"") == toys.DUTCH.encode().replace(b" ", b"")
 
 
-def test_the_teacher_gives_each_chunk_the_product_of_its_tokens(tmp_path, corpus):
+def plain(model, file, side, count, append_space, join_below):
+    """Token by token: the chunks joined, and what each is worth."""
+    log_probs = model(torch.tensor([list(side.example.ids)])).logits[0].log_softmax(-1)
+    ends_a_chunk = [index for index, token in file.tokens.items()
+                    if token in ("<pad>", "<s>", "</s>", "<unk>") or token[0] in "ĠĊĉ"]  # fmt: skip
+    worth, behind = [0.0] * count, [0.0] * count
+    for place, chunk in enumerate(side.chunks):
+        if chunk != NO_CHUNK:
+            worth[chunk] += log_probs[place - 1, side.example.ids[place]].item()
+            behind[chunk] = log_probs[place, ends_a_chunk].exp().sum().log().item()
+    groups = [[]]
+    for chunk in range(count):
+        groups[-1].append(chunk)
+        if math.exp(behind[chunk]) > join_below and chunk < count - 1:
+            groups.append([])
+    return groups, [sum(worth[chunk] for chunk in own) + append_space * behind[own[-1]] for own in groups]
+
+
+@pytest.mark.parametrize(("append_space", "join_below"), [(False, 0), (True, 0), (True, 0.28), (False, 0.28)])
+def test_the_teacher_gives_each_chunk_the_product_of_its_tokens(tmp_path, corpus, append_space, join_below):
     before, after, _ = toys.retrofit(toys.save("llama", tmp_path / "base"), corpus)
-    given_ = AdaptSettings(data=toys.params(corpus).corpus, loss="alm", tokens=40, steps=3, precision="float32")
+    given_ = AdaptSettings(data=toys.params(corpus).corpus, loss="alm", tokens=40, steps=3, precision="float32",
+                           append_space=append_space, join_below=join_below)  # fmt: skip
     run = Run("x")
     steps, summary = taught_steps(before, cutter(after), TokenizerFile.of(before), given_, run)
     assert summary["left_out"] == 0
+    assert summary["passages"] == len(steps) == 3
     assert summary["chunks"] == sum(text.count for text in steps.texts)
     model, file = run.model(before), TokenizerFile.of(before)
-    joined = 0
+    several = 0
     for step in range(3):
         (index,) = steps.batches.indices(step)
-        ids, chunks = list(steps.texts[index].old.example.ids), steps.texts[index].old.chunks
-        joined += len(chunks) - 1 - steps.texts[index].count
-        assert file.tokens[ids[0]] == "<s>"
-        log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        wanted = [0.0] * steps.texts[index].count
-        for place in range(1, len(ids)):
-            wanted[chunks[place]] += log_probs[place - 1, ids[place]].item()
+        text = steps.texts[index]
+        assert file.tokens[text.old.example.ids[0]] == "<s>"
+        lengths = [
+            [len(own.file.bytes_of(own.file.tokens[token])) for token in side.example.ids[1:]]
+            for own, side in ((cutter(before), text.old), (cutter(after), text.new))
+        ]
+        first, second = align(*lengths)
+        side = replace(text.old, chunks=[NO_CHUNK, *first])
+        groups, wanted = plain(model, file, side, first[-1] + 1, append_space, join_below)
         assert steps.wanted[index].tolist() == pytest.approx(wanted, abs=1e-4)
+        number = {chunk: place for place, own in enumerate(groups) for chunk in own}
+        assert list(text.old.chunks) == [NO_CHUNK, *(number[chunk] for chunk in first)]
+        assert list(text.new.chunks) == [NO_CHUNK, *(number[chunk] for chunk in second)]
         assert steps.units(step) == len(wanted)
-    assert joined > 0
+        several += sum(len(own) > 1 for own in groups)
+    assert (several > 0) == (join_below > 0)
 
 
-def test_the_same_model_and_tokenizer_are_the_least_that_the_loss_can_be(tmp_path, corpus):
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("append_space", [True, False])
+def test_the_same_model_and_tokenizer_are_the_least_that_the_loss_can_be(tmp_path, corpus, append_space, fused):
     checkpoint = open_checkpoint(toys.save("llama", tmp_path / "base"))
     given_ = AdaptSettings(data=toys.params(corpus).corpus, loss="alm", tokens=40, steps=2, batch_size=3,
-                           precision="float32")  # fmt: skip
-    run = Run("x")
-    steps, _ = taught_steps(checkpoint, cutter(checkpoint), TokenizerFile.of(checkpoint), given_, run)
+                           precision="float32", append_space=append_space, join_below=0.2)  # fmt: skip
+    run, file = Run("x"), TokenizerFile.of(checkpoint)
+    steps, _ = taught_steps(checkpoint, cutter(checkpoint), file, given_, run)
     model = run.model(checkpoint)
+    loss_of = LikelihoodMatching(Head.of(model, fused=fused), space_tokens(file) if append_space else None)
     table = model.get_input_embeddings().weight.requires_grad_()
     (piece,) = steps.micro(0)
-    loss, figures = LikelihoodMatching(Head.of(model))(piece)
+    loss, figures = loss_of(piece)
     shares = [math.exp(one / 100 - 1e-6) for one in piece.wanted.tolist()]
     least = -sum(share * math.log(share) + (1 - share) * math.log(1 - share) for share in shares)
     assert loss.item() == pytest.approx(least, rel=1e-5)
@@ -125,10 +159,54 @@ def test_the_same_model_and_tokenizer_are_the_least_that_the_loss_can_be(tmp_pat
     (gradient,) = torch.autograd.grad(loss, table)
     with torch.no_grad():
         table += 0.05 * torch.randn(table.shape, generator=torch.Generator().manual_seed(0))
-    moved, _ = LikelihoodMatching(Head.of(model))(piece)
+    moved, _ = loss_of(piece)
     (other,) = torch.autograd.grad(moved, table)
     assert moved.item() > loss.item()
     assert gradient.norm() < 1e-3 * other.norm()
+
+
+def test_a_space_behind_has_the_share_and_the_gradient_of_the_softmax(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    save_tiny("gemma2", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    head = Head.of(model)
+    assert head.fused
+    assert head.softcap
+    ids, spaces = torch.arange(24).view(2, 12), torch.tensor([3, 9, 77])
+    ends = torch.tensor([2, 11, 12, 23])
+    weight = head.module.weight.requires_grad_()
+    tokens, behind = label_and_space_log_probs(head, ids, ends, spaces)
+    log_probs = model(ids).logits.log_softmax(-1)
+    wanted = log_probs.flatten(0, 1)[ends][:, spaces].logsumexp(1)
+    torch.testing.assert_close(behind, wanted)
+    torch.testing.assert_close(tokens[:, :-1], log_probs[:, :-1].gather(2, ids[:, 1:, None])[..., 0])
+    own, plainly = (torch.autograd.grad(one.sum(), weight, retain_graph=True)[0] for one in (behind, wanted))
+    torch.testing.assert_close(own, plainly, atol=1e-5, rtol=1e-4)
+
+
+def test_tokens_that_begin_with_a_space_or_are_special_end_what_is_before_them():
+    for kind, mark in [("byte-bpe", "Ġ"), ("piece-bpe", "\u2581"), ("unigram", "\u2581")]:
+        file = TokenizerFile.parse(json.loads(toys.backend(kind).to_str()), kind)
+        found = {file.tokens[index] for index in space_tokens(file)}
+        assert {token for token in file.tokens.values() if token.startswith(mark)} <= found
+        assert set(toys.SPECIALS) <= found
+        assert not {"a", "the"} & found
+    document = json.loads(toys.backend("byte-bpe").to_str())
+    document["added_tokens"] = []
+    vocab = [token for token in document["model"]["vocab"] if token.isalpha() and token.isascii()]
+    document["model"] |= {"vocab": {token: index for index, token in enumerate(vocab)}, "merges": []}
+    with pytest.raises(InputError, match="no token begins with a space"):
+        space_tokens(TokenizerFile.parse(document, "x"))
+
+
+def test_a_sample_of_passages_is_drawn_evenly_and_no_more_is_held():
+    counts = Counter(one for seed in range(400) for one in drawn(map(str, range(40)), 5, seed))
+    assert sum(counts.values()) == 400 * 10
+    assert len(counts) == 40
+    assert all(60 < count < 140 for count in counts.values())  # 100 wanted, standard deviation 8.7
+    assert drawn(map(str, range(6)), None, 0) == list("012345")
+    assert sorted(drawn(map(str, range(6)), 5, 0)) == list("012345")
 
 
 def test_the_loss_has_the_gradient_of_its_formula_and_is_finite_at_certainty():

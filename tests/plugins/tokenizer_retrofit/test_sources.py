@@ -212,6 +212,8 @@ def test_keys_of_other_sources_and_missing_ones_are_named(corpus):
         ({"vocabulary": "add-tokens", "size": None, "min_count": None}, "corpus is not for"),
         ({"vocabulary": "replace-train", "size": None}, "needs size"),
         ({"keep": ["x"]}, "keep is not for"),
+        ({"adapt": {"join_below": 0.2}}, 'join_below is not for loss = "clm"'),
+        ({"adapt": {"body": {"targets": ["lm_head"]}}}, "targets"),
     ]:
         with pytest.raises(ValidationError, match=message):
             toys.params(corpus, **values)
