@@ -36,11 +36,12 @@ from regraft.core.requirements import check_resources, worker_count
 from regraft.core.saved_patches import check_patch_folders, save_patches
 from regraft.core.sources.folder import CARD, INDEX, LOCK, REPORTS, open_folder
 from regraft.core.sources.open import dequantised
+from regraft.core.together import write_together
 from regraft.core.transformation import Run
 from regraft.core.verify import Finding, check_structure, raise_findings, same_vocabulary
 from regraft.core.verify.adapter import check_adapter, open_adapter
 from regraft.core.workspace import Workspace, check_target, work_folder, workspace
-from regraft.core.writer import WriteOptions, Writer, WriteReport
+from regraft.core.writer import WriteOptions, WriteReport
 
 if TYPE_CHECKING:
     from regraft.core.recipe.model import Recipe
@@ -145,10 +146,10 @@ def apply(recipe: Recipe, target: Path, host: Host, options: ApplyOptions, event
         check_patch_folders(plan, options.save_patches, [target, *inputs_of(plan)])
     check_resources(plan, target, link=options.link)
     device = _device(plan, options, ours)
-    with workspace(target, restart=options.restart) as space, _saying_what_stays(space, events):
+    with workspace(target, restart=options.restart) as space, _saying_what_stays(space, events, ours):
         ours.announce(READY)
         ran = run_steps(plan, host, space, device, options, events)
-        layout, written = _write(plan, ran.result, space, device, options, events)
+        layout, written = _write(plan, ran, space, device, options, events)
         with resources(space.output):
             ran.realised.check(plan.recipe.output.minimum_cosine)
             _write_records(plan, ran, layout, written, space.output, device)
@@ -169,7 +170,8 @@ def apply(recipe: Recipe, target: Path, host: Host, options: ApplyOptions, event
 
 
 def attend(recipe: Recipe, target: Path, host: Host, options: ApplyOptions) -> None:
-    """What every process but the first does under torchrun: the same steps, so that all compute together; no writing.
+    """What every process but the first does under torchrun: the same steps, so that all compute together, and its share
+    of the weight files.
 
     Raises:
         RegraftError: whatever went wrong.
@@ -180,7 +182,9 @@ def attend(recipe: Recipe, target: Path, host: Host, options: ApplyOptions) -> N
     plan, _ = prepare(recipe, host, options)
     device = _device(plan, options, ours)
     ours.wait(READY)
-    run_steps(plan, host, work_folder(target), device, options, Events())
+    space, events = work_folder(target), Events()
+    ran = run_steps(plan, host, space, device, options, events)
+    _write_weights(plan, ran, space, device, options, events)
     ours.wait(DONE)
     ours.part()
 
@@ -190,11 +194,12 @@ def _device(plan: Plan, options: ApplyOptions, ours: Processes) -> str:
 
 
 @contextmanager
-def _saying_what_stays(space: Workspace, events: Events) -> Iterator[None]:
-    """Tell of the state that steps leave behind when the run does not reach its end."""
+def _saying_what_stays(space: Workspace, events: Events, ours: Processes) -> Iterator[None]:
+    """Tell of the state that steps leave behind when the run does not reach its end; the others, that it does not."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
+        ours.failing(error)
         if space.keeps_state:
             events.say("the state of the training is kept: the same command goes on from it, --restart begins anew")
         raise
@@ -313,28 +318,32 @@ def _check_metrics(step: PlannedStep, patch: Patch) -> None:
 
 
 def _write(
-    plan: Plan, result: Checkpoint, space: Workspace, device: str, options: ApplyOptions, events: Events
+    plan: Plan, ran: StepsRun, space: Workspace, device: str, options: ApplyOptions, events: Events
 ) -> tuple[Layout, WriteReport]:
-    layout = layout_of(plan.recipe, result)
+    layout, written = _write_weights(plan, ran, space, device, options, events)
+    with resources(space.output):
+        if layout.index is not None:
+            (space.output / INDEX).write_bytes(layout.index)
+        for name, file in ran.result.files.items():
+            path = space.output / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(file.read())
+    return layout, written
+
+
+def _write_weights(
+    plan: Plan, ran: StepsRun, space: Workspace, device: str, options: ApplyOptions, events: Events
+) -> tuple[Layout, WriteReport]:
+    layout = layout_of(plan.recipe, ran.result)
     if plan.exact and layout.files != plan.layout.files:
         raise TransformationError(
             "the output is not what the plan said", expected=plan.layout.files, found=layout.files,
             remedy="report it, with the recipe",
         )  # fmt: skip
-    shards = [shard for shard in layout.shards if not (options.link and shard.source is not None)]
-    events.start(sum(tensor.spec.nbytes for shard in shards for tensor in shard.tensors))
     choices = WriteOptions(
         device, plan.threads, options.link, plan.recipe.output.digest, options.durable, options.strict
     )
-    written = Writer(space.output, choices, events.advance).write(layout)
-    with resources(space.output):
-        if layout.index is not None:
-            (space.output / INDEX).write_bytes(layout.index)
-        for name, file in result.files.items():
-            path = space.output / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(file.read())
-    return layout, written
+    return layout, write_together(layout, space.output, choices, ran.realised.gauges, events)
 
 
 def _write_records(plan: Plan, ran: StepsRun, layout: Layout, written: WriteReport, output: Path, device: str) -> None:

@@ -322,6 +322,11 @@ def memory_bound(checkpoint: Checkpoint, threads: int) -> int:
     return _TORCH_RSS_BYTES + (64 << 20) + sum(local) + whole
 
 
+def memory_beside_torch(plan: Plan) -> int:
+    """The part of `plan.memory_bytes` that is not the interpreter with torch loaded."""
+    return plan.memory_bytes - (_TORCH_RSS_BYTES if plan.computes else 0)
+
+
 def _local_bytes(tensor: LazyTensor) -> int:
     return 6 * max(CHUNK_BYTES, tensor.spec.row_bytes) + tensor.held_bytes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -93,6 +93,17 @@ class Transformation(ABC, Generic[P]):
     own_code: ClassVar[bool] = True
     """Whether Python that it writes into a checkpoint comes from its own templates, so that verification may run it."""
     Params: type[P]
+
+    @classmethod
+    def example(cls, checkpoint: Checkpoint, folder: Path) -> Mapping[str, Any]:
+        """Parameters, as a recipe writes them, with which `regraft plugins check` tries it on a tiny checkpoint.
+
+        Args:
+            checkpoint: the tiny base that they are for.
+            folder: where to write files that they name, such as an adapter or rows of data.
+        """
+        del checkpoint, folder
+        return {}
 
     def check(self, checkpoint: Checkpoint, params: P) -> None:
         """Refuse what cannot be done.

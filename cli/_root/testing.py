@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from regraft.core.testing.adapters import write_adapter
     from regraft.core.testing.checkpoints import bits, read_tensors, same_bits, tree, write_checkpoint
+    from regraft.core.testing.conformance.check import Check, Outcome
+    from regraft.core.testing.conformance.for_pytest import Conformance
+    from regraft.core.testing.conformance.subject import Subject
+    from regraft.core.testing.conformance.suite import CHECKS, conform
     from regraft.core.testing.data import completions, preferences, texts, write_rows
     from regraft.core.testing.models import FAMILIES, VARIANTS, save_tiny, save_tokenizer, tiny
     from regraft.core.testing.running import StepResult, apply_recipe, host_of, run_step
@@ -19,6 +23,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "regraft.core.testing.adapters": ("write_adapter",),
     "regraft.core.testing.checkpoints": ("bits", "read_tensors", "same_bits", "tree", "write_checkpoint"),
+    "regraft.core.testing.conformance.check": ("Check", "Outcome"),
+    "regraft.core.testing.conformance.for_pytest": ("Conformance",),
+    "regraft.core.testing.conformance.subject": ("Subject",),
+    "regraft.core.testing.conformance.suite": ("CHECKS", "conform"),
     "regraft.core.testing.data": ("completions", "preferences", "texts", "write_rows"),
     "regraft.core.testing.models": ("FAMILIES", "VARIANTS", "save_tiny", "save_tokenizer", "tiny"),
     "regraft.core.testing.running": ("StepResult", "apply_recipe", "host_of", "run_step"),
@@ -26,12 +34,18 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "CHECKS",
     "FAMILIES",
     "VARIANTS",
+    "Check",
+    "Conformance",
+    "Outcome",
     "StepResult",
+    "Subject",
     "apply_recipe",
     "bits",
     "completions",
+    "conform",
     "host_of",
     "preferences",
     "read_tensors",

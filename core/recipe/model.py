@@ -14,6 +14,7 @@ from pydantic import (
     Field,
     PrivateAttr,
     SerializeAsAny,
+    ValidationError,
     WithJsonSchema,
     model_validator,
 )
@@ -210,12 +211,13 @@ class Recipe(_Frozen):
         return self.model_copy(update={"output": self.output.model_copy(update={"path": path})})
 
     def resolved(self, relative_to: Path | None = None) -> dict[str, Any]:
-        """The whole recipe with every default filled in, as plain JSON values; itself a valid recipe without `extends`.
+        """The whole recipe with defaults filled in, as plain JSON values; itself a valid recipe without `extends`.
 
-        Keys whose value is nothing are left out. Paths that were written as relative stay relative, to the folder of
-        the recipe or to `relative_to`; `[output] path` stays as it was written.
+        Keys whose value is nothing are left out, and of a step all defaults where one of them may not be written. Paths
+        that were written as relative stay relative, to the folder of the recipe or to `relative_to`; `[output] path`
+        stays as it was written.
         """
-        steps = [{"use": step.use, "id": step.id, **_dump(step.params)} for step in self.steps]
+        steps = [{"use": step.use, "id": step.id, **recorded(step.params)} for step in self.steps]
         resolved = {
             "schema": SCHEMA_VERSION, "name": self.name, "seed": self.seed,
             "base": _dump(self.base), "steps": steps, "output": _dump(self.output),
@@ -228,6 +230,20 @@ class Recipe(_Frozen):
 
 def _dump(model: BaseModel) -> dict[str, Any]:
     return model.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def recorded(params: BaseModel) -> dict[str, Any]:
+    """A step's parameters as JSON values that are valid again: with defaults, or without where one may not be written.
+
+    A step may refuse a parameter that has no effect beside another, even at its default.
+    """
+    complete = _dump(params)
+    try:
+        if type(params).model_validate(complete) == params:
+            return complete
+    except ValidationError:
+        pass
+    return params.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_unset=True)
 
 
 def _rewrite(resolved: Any, path: KeyPath, reference: Reference, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import Distribution, EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -134,6 +135,15 @@ def host_of(*transformations: type[AnyTransformation], **hooks: Callable[..., An
         transformations: classes that recipes are to know.
         hooks: implementations of other hooks, by the hook's name.
     """
+    return _with(transformations, hooks) if hooks else _without_hooks(*transformations)
+
+
+@lru_cache(maxsize=32)
+def _without_hooks(*transformations: type[AnyTransformation]) -> Host:
+    return _with(transformations, {})
+
+
+def _with(transformations: tuple[type[AnyTransformation], ...], hooks: Mapping[str, Callable[..., Any]]) -> Host:
     packages = {kind.__module__.partition(".")[0] for kind in transformations} - {OWN_DISTRIBUTION}
     entries = [entry for entry in entry_points(group=GROUP) if _is_wanted(entry, packages)]
     found = Host(entries, {})
