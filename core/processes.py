@@ -1,27 +1,31 @@
 """The processes of one run: this one alone, or those that torchrun started together.
 
-All of them plan and run the steps, so that they can compute together; the first alone writes, and tells. What they say
-to each other outside of computations goes through torchrun's key-value store: the work folder is ready, the target
-stands, the run has failed. torch is imported only where there are several.
+All of them plan and run the steps, so that they can compute together, and write weight files; the rest of the output is
+the first one's, and it alone tells. What they say to each other outside of computations goes through torchrun's
+key-value store: the work folder is ready, what was written, the target stands, the run has failed. torch is imported
+only where there are several.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from typing import Any
 
-from regraft.core.errors import ResourceError, UsageError
+from regraft.core.errors import RegraftError, ResourceError, UsageError
 
 READY, DONE = "ready", "done"
 """What the first process announces: others may enter the work folder; the target stands."""
 
 _FAILED, _LEFT = "failed", "left"
-_CONNECT_SECONDS, _PARTING_SECONDS, _POLL_SECONDS = 60, 30, 0.05
+_CONNECT_SECONDS, _PARTING_SECONDS, _POLL_SECONDS, _WATCH_SECONDS = 60, 30, 0.05, 0.5
+_PIECE_BYTES = 4 << 20
+_INTERRUPTED = 130
 
 
 class Ended(Exception):
@@ -48,7 +52,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this one writes and tells."""
+        """Whether this one locks, verifies, commits and tells."""
         return self.rank == 0
 
     def announce(self, event: str) -> None:
@@ -65,6 +69,50 @@ class Processes:
         while self.world > 1 and not _heard(event):
             time.sleep(_POLL_SECONDS)
 
+    def watch(self) -> Callable[[], None]:
+        """What one that works by itself calls all the time, from any thread; it asks every half second.
+
+        Raises:
+            Ended: from the call; a process has failed.
+        """
+        due = time.monotonic()
+
+        def look() -> None:
+            nonlocal due
+            if self.world > 1 and time.monotonic() >= due:
+                due = time.monotonic() + _WATCH_SECONDS
+                _heard(DONE)
+
+        return look
+
+    def gather(self, what: str, text: str) -> list[str]:
+        """Everybody's `text`, by rank, in the first process; elsewhere only one's own.
+
+        Raises:
+            Ended: a process has failed.
+        """
+        if not self.first:
+            _send(f"{what}/{self.rank}", text)
+            return [text]
+        return [text, *(self._receive(f"{what}/{rank}") for rank in range(1, self.world))]
+
+    def share(self, what: str, text: str) -> str:
+        """The first one's `text`.
+
+        Raises:
+            Ended: a process has failed.
+        """
+        if not self.first:
+            return self._receive(what)
+        if self.world > 1:
+            _send(what, text)
+        return text
+
+    def _receive(self, what: str) -> str:
+        self.wait(what)
+        pieces = range(int(store().get(what)))
+        return zlib.decompress(b"".join(store().get(f"{what}/piece/{piece}") for piece in pieces)).decode()
+
     def part(self) -> None:
         """The last call of a run that succeeded: no more computing together, and whoever holds the store goes last."""
         if self.world == 1:
@@ -77,6 +125,12 @@ class Processes:
         while self.first and others < self.world - 1 and time.monotonic() < until:
             time.sleep(_POLL_SECONDS)
             others = store().add(_LEFT, 0)
+
+    def failing(self, error: BaseException) -> None:
+        """Tell the others now that this one fails with `error`, before they stumble over what it clears away."""
+        if not isinstance(error, Ended):
+            others = 1 if isinstance(error, Exception) else _INTERRUPTED
+            self.ending(error.exit_code if isinstance(error, RegraftError) else others)
 
     def ending(self, code: int) -> tuple[bool, int]:
         """Whether this process, which fails with `code`, is the first to fail, and so the one that says why; and the
@@ -137,6 +191,15 @@ def store() -> Any:
             remedy="look at their messages, and at the network between the machines",
         ) from None
     return PrefixStore("regraft", shared)
+
+
+def _send(what: str, text: str) -> None:
+    """In pieces, because torch's store takes only values of a few megabytes; the number of pieces last."""
+    data = zlib.compress(text.encode())
+    pieces = [data[start : start + _PIECE_BYTES] for start in range(0, len(data), _PIECE_BYTES)]
+    for number, piece in enumerate(pieces):
+        store().set(f"{what}/piece/{number}", piece)
+    store().set(what, str(len(pieces)))
 
 
 def _heard(event: str) -> bool:

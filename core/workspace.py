@@ -294,6 +294,8 @@ def _remove(space: Workspace) -> None:
     """Remove the work folder, or all but the state in it; all of it stays where an old target cannot be put back."""
     with suppress(OSError):
         _put_back(space)
+        with suppress(OSError):  # another process may still be making files in it: that fails from here on
+            space.output.rename(space.folder / "removed")
         if space.keeps_state:
             _clear(space, keep_state=True)
         else:

@@ -62,6 +62,12 @@ class WriteReport:
     linked_bytes: int = 0
     non_finite: dict[str, NonFinite] = field(default_factory=dict)
 
+    def sort(self, layout: Layout) -> None:
+        """The order of the layout and of names, whoever was first."""
+        self.digests = {name: self.digests[name] for name in specs_of(layout) if name in self.digests}
+        self.input_digests = dict(sorted(self.input_digests.items()))
+        self.non_finite = dict(sorted(self.non_finite.items()))
+
 
 class Writer:
     """Writes the shards of one layout into a folder."""
@@ -107,7 +113,7 @@ class Writer:
             finally:
                 for output in self._outputs:
                     output.close()
-        self._sort_report(layout)
+        self.report.sort(layout)
         return self.report
 
     def _guarded(self, job: Callable[[], None]) -> None:
@@ -267,13 +273,6 @@ class Writer:
         with self._lock:
             for name, count in nbytes.items():
                 setattr(self.report, name, getattr(self.report, name) + count)
-
-    def _sort_report(self, layout: Layout) -> None:
-        """The order of the layout and of names, whichever worker was first."""
-        digests = self.report.digests
-        self.report.digests = {name: digests[name] for name in specs_of(layout)}
-        self.report.input_digests = dict(sorted(self.report.input_digests.items()))
-        self.report.non_finite = dict(sorted(self.report.non_finite.items()))
 
 
 def _to_host(rows: torch.Tensor, dtype: torch.dtype, place: int, stream: torch.cuda.Stream | None) -> torch.Tensor:
