@@ -11,7 +11,21 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from regraft.cli import apply, cache, check, diff, evaluate, generate, inspect, plan, plugins, recipes, schema, verify
+from regraft.cli import (
+    apply,
+    cache,
+    check,
+    diff,
+    evaluate,
+    generate,
+    inspect,
+    plan,
+    plugins,
+    recipes,
+    reproduce,
+    schema,
+    verify,
+)
 from regraft.cli.console import INTERRUPTED, fail, interrupted
 from regraft.cli.interrupts import Interrupted, ignore, listen
 from regraft.core.errors import RegraftError, UsageError
@@ -85,7 +99,7 @@ def main(
         raise typer.Exit(UsageError.exit_code)
 
 
-for _module in (apply, plan, check, inspect, diff, verify, generate, plugins, schema):
+for _module in (apply, plan, check, inspect, diff, verify, reproduce, generate, plugins, schema):
     app.command()(getattr(_module, _module.__name__.rpartition(".")[2]))
 app.command("eval")(evaluate.evaluate)
 app.add_typer(recipes.app, name="recipes")

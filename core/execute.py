@@ -110,8 +110,10 @@ class ApplyReport:
     cached: tuple[str, ...] = ()
 
 
-def prepare(recipe: Recipe, host: Host, options: ApplyOptions) -> tuple[Plan, list[Finding]]:
-    """Look at the base of `recipe`, and plan; writes nothing.
+def prepare(
+    recipe: Recipe, host: Host, options: ApplyOptions, base: Checkpoint | None = None
+) -> tuple[Plan, list[Finding]]:
+    """Look at the base of `recipe`, unless it is open already as `base`, and plan; writes nothing.
 
     Raises:
         InputError: the base contradicts itself.
@@ -120,7 +122,7 @@ def prepare(recipe: Recipe, host: Host, options: ApplyOptions) -> tuple[Plan, li
     if recipe.writes_adapter and options.verify not in (None, "structure"):
         raise UsageError("an adapter is verified by its structure alone", where="--verify", found=options.verify,
                          remedy="load it with peft, which regraft does not need")  # fmt: skip
-    base = open_base(recipe, host)
+    base = base or open_base(recipe, host)
     findings = [Finding(note, base.label, fatal=False) for note in base.notes]
     findings += check_structure(base, host.architectures())
     raise_findings(findings, InputError)
@@ -128,8 +130,17 @@ def prepare(recipe: Recipe, host: Host, options: ApplyOptions) -> tuple[Plan, li
     return plan, findings
 
 
-def apply(recipe: Recipe, target: Path, host: Host, options: ApplyOptions, events: Events | None = None) -> ApplyReport:
-    """Run `recipe` and write its output to `target`; under torchrun, as the first process.
+def apply(
+    recipe: Recipe,
+    target: Path,
+    host: Host,
+    options: ApplyOptions,
+    events: Events | None = None,
+    *,
+    base: Checkpoint | None = None,
+) -> ApplyReport:
+    """Run `recipe` and write its output to `target`; under torchrun, as the first process. `base` is its base where
+    that is open already.
 
     Raises:
         RegraftError: whatever went wrong; the target is untouched.
@@ -139,7 +150,7 @@ def apply(recipe: Recipe, target: Path, host: Host, options: ApplyOptions, event
     events = events or Events()
     started = time.monotonic()
     check_device(options.device)
-    plan, findings = prepare(recipe, host, options)
+    plan, findings = prepare(recipe, host, options, base)
     check_target(target, force=options.force, inputs=tuple(inputs_of(plan)))
     _check_logs(plan, target)
     if options.save_patches is not None:

@@ -31,14 +31,19 @@ def check_lock(folder: Path, checkpoint: Checkpoint) -> tuple[list[Finding], int
     path = folder / LOCK
     if not path.is_file():
         return [Finding(f"there is no {LOCK}, so digests were not compared", checkpoint.label, fatal=False)], 0
-    stated = _table(read_object(path), "output", path)
+    stated = table(read_object(path), "output", path)
     files, tensors = _entries(stated, "files", path), _entries(stated, "tensors", path)
     results = [*_files(folder, files), *_tensors(checkpoint, tensors, path)]
     notes = [*_unknown_files(checkpoint, files), *_undigested(checkpoint, tensors)]
     return [*(finding for finding in results if finding is not None), *notes], results.count(None)
 
 
-def _table(document: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:
+def table(document: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:
+    """The object under `key` in the lock file `path`.
+
+    Raises:
+        InputError: there is none.
+    """
     value = document.get(key)
     if isinstance(value, Mapping):
         return value
@@ -47,8 +52,8 @@ def _table(document: Mapping[str, Any], key: str, path: Path) -> Mapping[str, An
 
 
 def _entries(document: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Mapping[str, Any]]:
-    table = _table(document, key, path)
-    return {name: _table(table, name, path) for name in table}
+    found = table(document, key, path)
+    return {name: table(found, name, path) for name in found}
 
 
 def _files(folder: Path, stated: Mapping[str, Mapping[str, Any]]) -> Iterator[Finding | None]:
@@ -74,7 +79,7 @@ def _tensors(checkpoint: Checkpoint, stated: Mapping[str, Mapping[str, Any]], pa
                 "a tensor is missing", where, "the tensor that the lock file states", "no such tensor", _REMEDY
             )
         elif (digest := facts.get("digest")) is not None:
-            found = _digest(tensor, digest, f"{path}: {name}")
+            found = digest_as(tensor, digest, f"{path}: {name}")
             yield None if found == digest else Finding("the tensor has changed", where, digest, found, _REMEDY)
     for name in checkpoint.tensors:
         if name not in stated:
@@ -82,8 +87,12 @@ def _tensors(checkpoint: Checkpoint, stated: Mapping[str, Mapping[str, Any]], pa
                           "only tensors of the lock file", str(checkpoint.specs[name]), _REMEDY)  # fmt: skip
 
 
-def _digest(tensor: LazyTensor, stated: Any, where: str) -> str:
-    """The digest of a stored tensor by the algorithm that the lock file used."""
+def digest_as(tensor: LazyTensor, stated: Any, where: str) -> str:
+    """The digest of a stored tensor by the algorithm that the lock file used.
+
+    Raises:
+        InputError: that is none.
+    """
     algorithm = str(stated).partition(":")[0]
     if algorithm not in _ALGORITHMS:
         raise InputError("the lock file is malformed", where=where, expected=f"a digest by {' or '.join(_ALGORITHMS)}",

@@ -1,0 +1,144 @@
+"""`regraft reproduce`: the same bytes, or the list of what differs and why that may be."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from regraft.core.environment import differences
+from tests.adapters import write_adapter
+from tests.core.test_cache import HOST, ONE, RAN
+from tests.running import ABF, done, regraft, tree, write_recipe
+
+LOCK = "regraft.lock.json"
+
+
+@pytest.fixture
+def made(workplace, monkeypatch):
+    """The output of a recipe with an adapter, a step that reads data, and a report; its inputs in other folders."""
+    monkeypatch.setattr("regraft.core.host.host", lambda: HOST)
+    Path("recipes/data").mkdir(parents=True)
+    Path("recipes/data/x.jsonl").write_text('{"text": "one"}\n')
+    shutil.move("base", "recipes/base")
+    Path("adapters").mkdir()
+    write_adapter("adapters/one")
+    steps = [
+        {"use": "lora-merge", "adapter": "../adapters/one"},
+        {**ONE, "data": "data/x.jsonl", "log": "log.jsonl"},
+        ABF,
+    ]
+    write_recipe(Path("recipes/r.toml"), "base", *steps, path="out")
+    done("apply", "recipes/r.toml", "--no-durable")
+    RAN.clear()
+    return Path("out")
+
+
+def edit(change):
+    path = Path("out", LOCK)
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def test_the_same_bytes_wherever_the_inputs_are(made, tmp_path, monkeypatch):
+    before = tree(tmp_path)
+    ran = done("reproduce", "out", "--inputs", "recipes")
+    assert ran.out == f"out/{LOCK}: reproduced: 21 tensors and 9 files have the recorded bytes\n"
+    assert RAN == ["one"], "it ran, from no cache"
+    assert tree(tmp_path) == before, "nothing is left"
+    shutil.move("recipes/base", "elsewhere")
+    shutil.move("recipes/data/x.jsonl", "x.jsonl")
+    where = ["--base", "elsewhere", "--data", "lora-merge.adapter=adapters/one", "--data", "one.data=x.jsonl"]
+    ran = done("reproduce", f"out/{LOCK}", *where, "--out", "again", "--json")
+    assert ran.json["reproduced"] is True
+    assert ran.json["output"] == "again"
+    assert {name: digest for name, digest in tree(Path("again")).items() if name != LOCK} == {
+        name: digest for name, digest in tree(made).items() if name != LOCK
+    }
+
+
+def test_demo_and_an_adapter_output_need_no_options(workplace):
+    lora = {"use": "lora-merge", "adapter": "adapter"}
+    write_adapter("adapter")
+    done("apply", write_recipe(Path("r.toml"), "base", lora, path="out", format="adapter"))
+    assert "reproduced" in done("reproduce", "out").out
+    done("apply", write_recipe(Path("d.toml"), "demo:tiny", {**ABF, "target_length": 8192}, path="demo"))
+    assert done("reproduce", "demo", "--json").json["findings"] == []
+
+
+def test_what_differs_is_listed_with_what_may_be_the_cause(made):
+    def change(lock):
+        lock["output"]["tensors"]["model.norm.weight"]["digest"] = "xxh3:0"
+        lock["output"]["tensors"]["gone"] = {"dtype": "F32", "shape": [1], "file": "x", "digest": "xxh3:1"}
+        lock["output"]["files"]["README.md"]["sha256"] = "0"
+        del lock["output"]["files"]["config.json"]
+        lock["environment"]["packages"]["torch"] = "1.0"
+        lock["environment"]["system"] = "Plan 9"
+
+    edit(change)
+    ran = regraft("reproduce", "out", "--inputs", "recipes")
+    assert ran.code == 1
+    lines = ran.out.splitlines()
+    assert lines[0].startswith("environment: torch: recorded 1.0, now ")
+    assert lines[0].endswith(": can change weights")
+    assert lines[1] == "environment: system: recorded Plan 9, now Linux: changes no byte"
+    differing = [line for line in lines if line.startswith("difference: ")]
+    assert [line.split(":")[1].strip() for line in differing] == [
+        "model.norm.weight",
+        "gone",
+        "README.md",
+        "config.json",
+    ]
+    assert lines[-1].endswith("not reproduced: 20 tensors and 7 files have the recorded bytes")
+    assert "not reproduced: 4 differences" in ran.err
+    assert "found: an environment with another torch" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("arrange", "named"),
+    [
+        (lambda: Path("recipes/data/x.jsonl").write_text("other"), "one.data.source[0]: "),
+        (lambda: Path("recipes/data/x.jsonl").unlink(), "one.data.source: there is no data/x.jsonl in recipes"),
+        (lambda: shutil.rmtree("adapters/one"), "lora-merge.adapter: there is no ../adapters/one in recipes"),
+        (lambda: Path("recipes/base/notes.txt").write_text("new"), "base: its config, other files or shapes"),
+        (lambda: shutil.rmtree("recipes/base"), "base: "),
+    ],
+)
+def test_missing_and_other_inputs_are_named_before_anything_runs(made, arrange, named):
+    arrange()
+    ran = regraft("reproduce", "out", "--inputs", "recipes")
+    assert ran.code == 3
+    assert named in ran.err
+    assert "remedy: say where the inputs are: --base PATH" in ran.err
+    assert RAN == []
+
+
+def test_weights_of_the_base_that_changed_are_refused(made):
+    path = Path("recipes/base/model-00001-of-00006.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    ran = regraft("reproduce", "out", "--inputs", "recipes")
+    assert ran.code == 3
+    assert ", not the recorded xxh3:" in ran.err
+
+
+def test_the_gravest_difference_of_the_environment_comes_first():
+    record = {
+        "regraft": "0.1", "steps": [{"id": "one", "version": "1"}],
+        "environment": {"python": "3.11.1", "system": "Linux", "machine": "x", "device": "cpu",
+                        "packages": {"torch": "2", "matplotlib": "3", "safetensors": "0.5"}},
+    }  # fmt: skip
+    made = json.loads(json.dumps(record))
+    assert differences(record, made) == []
+    made["environment"] |= {"python": "3.11.2", "device": "cuda", "processes": 2}
+    made["environment"]["packages"] = {"torch": "2", "matplotlib": "4", "safetensors": "0.6"}
+    made["steps"][0]["version"] = "2"
+    found = [(difference.name, difference.severity) for difference in differences(record, made)]
+    assert found == [
+        ("device", "weights"), ("processes", "weights"), ("step one: version", "weights"),
+        ("matplotlib", "records"), ("safetensors", "nothing"), ("python", "nothing"),
+    ]  # fmt: skip
+    made["environment"]["python"] = "3.12.0"
+    assert ("python", "weights") in [(difference.name, difference.severity) for difference in differences(record, made)]
