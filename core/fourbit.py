@@ -8,6 +8,7 @@ a sign, two bits of exponent, one of mantissa. What is known without torch stand
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -109,17 +110,17 @@ def parse_state(data: bytes, where: str, *, nested: bool) -> State:
         return InputError("the quantisation state is malformed", where=f"{where}: {key}", expected=expected,
                           found=repr(document.get(key)), remedy=_WRONG_STATE)  # fmt: skip
 
-    shape, dtype = document.get("shape"), document.get("dtype")
-    if document.get("quant_type") not in TABLES:
+    shape, dtype, kind = document.get("shape"), document.get("dtype"), document.get("quant_type")
+    if not isinstance(kind, str) or kind not in TABLES:
         raise fault("quant_type", "nf4 or fp4")
-    if document.get("blocksize") not in BLOCK_SIZES:
+    if type(document.get("blocksize")) is not int or document["blocksize"] not in BLOCK_SIZES:
         raise fault("blocksize", f"one of {', '.join(map(str, BLOCK_SIZES))}")
     if dtype not in ("float16", "bfloat16", "float32"):
         raise fault("dtype", "float16, bfloat16 or float32")
     if not isinstance(shape, list) or not shape or not all(type(size) is int and size > 0 for size in shape):
         raise fault("shape", "a list of sizes")
     return State(
-        document["quant_type"],
+        kind,
         document["blocksize"],
         CODE_OF_NAME[dtype],
         tuple(shape),
@@ -133,6 +134,6 @@ def _parse_nested(document: Mapping[str, Any], fault: Any) -> Nested:
         raise fault("nested_blocksize", "the number of scales in a block")
     if document.get("nested_dtype") != "float32":
         raise fault("nested_dtype", "float32")
-    if not isinstance(offset, int | float) or isinstance(offset, bool):
-        raise fault("nested_offset", "a number")
+    if not isinstance(offset, int | float) or isinstance(offset, bool) or not abs(offset) <= sys.float_info.max:
+        raise fault("nested_offset", "a finite number")
     return Nested(block_size, float(offset))

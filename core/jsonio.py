@@ -13,8 +13,9 @@ from typing import Any
 from regraft.core.buffers import unreadable
 from regraft.core.errors import InputError
 
-MAX_JSON_BYTES = 256 << 20
-"""No honest config, index or tokenizer comes near; what does is refused before it is parsed."""
+MAX_JSON_BYTES = 128 << 20
+"""No honest config, index or tokenizer comes near; what does is refused before it is parsed, which takes up to 30 times
+the size."""
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from regraft.core.errors import InputError
+from regraft.core.jsonio import brief
 
 Settings = Mapping[str, Any]
 """The settings of one model: config.json under llama's names, with the stock class's defaults filled in."""
@@ -34,6 +35,10 @@ ROTARY_LEFTOVER = r"rotary_emb\.inv_freq$"
 """Rotary frequencies, which old releases stored in every layer; stock classes with rotary embeddings ignore them."""
 
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+
+
+MAX_SIZE, MAX_LAYERS, MAX_PLACES = 1 << 40, 10_000, 1 << 20
+"""Far above any model: a size, the layers, layers times experts. What lies beyond would be counted for ever."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +194,7 @@ class Family:
             settings["head_dim"] = _even_head_dim(settings)
         for key in REQUIRED:
             _check_count(settings, key)
+        _check_places(settings)
         if settings["num_attention_heads"] % settings["num_key_value_heads"]:
             raise InputError(
                 "the heads cannot be shared out among the key-value heads",
@@ -240,12 +246,32 @@ def _even_head_dim(settings: Settings) -> int:
 
 def _check_count(settings: Settings, key: str) -> None:
     value = settings.get(key)
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_SIZE:
         return
     raise InputError(
         "is missing or no positive whole number",
         where=f"config.json: {key}",
-        expected="a positive whole number",
-        found="nothing" if value is None else repr(value),
+        expected=f"a positive whole number up to {MAX_SIZE}",
+        found="nothing" if value is None else brief(value),
         remedy="correct config.json",
     )
+
+
+def _check_places(settings: Settings) -> None:
+    layers, experts = settings["num_hidden_layers"], settings.get("num_local_experts")
+    if layers > MAX_LAYERS:
+        raise InputError(
+            "are more layers than a model can have",
+            where="config.json: num_hidden_layers",
+            expected=f"at most {MAX_LAYERS}",
+            found=layers,
+            remedy="correct config.json",
+        )
+    if isinstance(experts, int) and experts * layers > MAX_PLACES:
+        raise InputError(
+            "are more experts than a model can have",
+            where="config.json: num_local_experts",
+            expected=f"at most {MAX_PLACES} in all layers",
+            found=experts * layers,
+            remedy="correct config.json",
+        )

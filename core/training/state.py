@@ -82,7 +82,7 @@ class StateFolder:
         try:
             if metadata.get("step") == str(facts["step"]):
                 return _state(facts, tensors)
-        except (KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
             pass
         raise _damaged(folders[-1])
 

@@ -186,6 +186,6 @@ def token_ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:
         ids = {str(piece[0]): index for index, piece in enumerate(pieces) if isinstance(piece, Sequence) and piece}
     added = tokenizer.get("added_tokens")
     for token in added if isinstance(added, list) else ():
-        if isinstance(token, Mapping) and isinstance(token.get("id"), int) and token.get("content") not in ids:
+        if isinstance(token, Mapping) and isinstance(token.get("id"), int) and str(token.get("content")) not in ids:
             ids[str(token.get("content"))] = token["id"]
     return ids

@@ -8,17 +8,26 @@ are given. What is written agrees in both forms.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from regraft.core.errors import InputError, Unsupported
+from regraft.core.jsonio import brief
 from regraft.plugins.context_extension.families import RotaryFamily
 from regraft.plugins.context_extension.math import abf_theta, ntk_theta
 from regraft.plugins.context_extension.params import ContextExtensionParams
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+_NUMBERS = {
+    "linear": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}
+"""What the scalings cannot do without."""
+_OPTIONAL_NUMBERS = ("beta_fast", "beta_slow", "attention_factor")
+_LARGEST, _MAX_HEAD_DIM = 1e15, 1 << 16
+"""What no honest config comes near: beyond, arithmetic overflows, or takes for ever."""
 _START = "start from the checkpoint that was not scaled yet"
 
 
@@ -73,7 +82,7 @@ def read_rope(text: Mapping[str, Any], family: RotaryFamily) -> Rope:
     theta = given.get("rope_theta", text.get(family.theta_key, family.theta))
     partial = given.get("partial_rotary_factor", text.get(family.partial_key, family.partial))
     for key, value in ((family.theta_key, theta), (family.partial_key, partial)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
             raise InputError(
                 "is no positive number",
                 where=f"config.json: {key}",
@@ -82,6 +91,7 @@ def read_rope(text: Mapping[str, Any], family: RotaryFamily) -> Rope:
                 remedy="correct config.json",
             )
     kind = given.get("rope_type", given.get("type", "default"))
+    _check_scaling(given, kind)
     parameters = {key: value for key, value in given.items() if key != "type"}
     parameters |= {"rope_type": kind, "rope_theta": theta}
     if partial != 1:
@@ -178,6 +188,29 @@ def _given(text: Mapping[str, Any], family: RotaryFamily) -> dict[str, Any]:
     return dict(scaling or parameters)
 
 
+def _check_scaling(given: Mapping[str, Any], kind: Any) -> None:
+    """Refuse a scaling that lacks a number of its kind, or has something else in its place."""
+    needed = _NUMBERS.get(kind, ()) if isinstance(kind, str) else ()
+    for key in (*needed, *(key for key in _OPTIONAL_NUMBERS if given.get(key) is not None)):
+        value = given.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
+            raise InputError(
+                "is missing or no positive number",
+                where=f"config.json: rope_parameters: {key}",
+                expected=f"a positive number, which rope_type {kind} needs",
+                found=brief(value),
+                remedy="correct config.json",
+            )
+    if kind == "llama3" and given["low_freq_factor"] == given["high_freq_factor"]:
+        raise InputError(
+            "low_freq_factor and high_freq_factor are the same",
+            where="config.json: rope_parameters",
+            expected="two numbers",
+            found=given["low_freq_factor"],
+            remedy="correct config.json",
+        )
+
+
 def _head_dim(text: Mapping[str, Any], family: RotaryFamily) -> int:
     head_dim = text.get("head_dim") or family.head_dim
     if head_dim is None:
@@ -191,7 +224,15 @@ def _head_dim(text: Mapping[str, Any], family: RotaryFamily) -> int:
                 remedy="correct config.json",
             )
         head_dim = hidden // heads
-    return int(head_dim)
+    if isinstance(head_dim, bool) or not isinstance(head_dim, int) or not 0 < head_dim <= _MAX_HEAD_DIM:
+        raise InputError(
+            "is no width of a head",
+            where="config.json: head_dim",
+            expected=f"a whole number from 1 to {_MAX_HEAD_DIM}",
+            found=brief(head_dim),
+            remedy="correct config.json",
+        )
+    return head_dim
 
 
 def _check_composition(rope: Rope, method: str) -> None:

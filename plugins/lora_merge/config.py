@@ -7,6 +7,7 @@ it is set; a field that peft did not have then is refused if it is set.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,10 @@ REFUSED = {
 }
 """Fields that are refused if set, with the reason."""
 
+_MAX_RANK = 1 << 20
+_MAX_REPEATS = 4
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
+"""What makes a regular expression take time exponential in the length of a path."""
 _BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
@@ -164,8 +169,9 @@ def _number(config: Mapping[str, Any], key: str, default: float, path: Path, *, 
 
 def _check_number(value: Any, where: str, *, whole: bool) -> None:
     kind = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kind) or (whole and value < 1):
-        expected = "a positive whole number" if whole else "a number"
+    right = not isinstance(value, bool) and isinstance(value, kind) and abs(value) <= sys.float_info.max
+    if not right or (whole and not 1 <= value <= _MAX_RANK):
+        expected = f"a whole number from 1 to {_MAX_RANK}" if whole else "a finite number"
         raise InputError("is malformed", where=where, expected=expected, found=_short(value),
                          remedy="correct the adapter's config or fetch it again")  # fmt: skip
 
@@ -177,9 +183,13 @@ def _pattern(config: Mapping[str, Any], key: str, path: Path, *, whole: bool = F
                          remedy="correct the adapter's config or fetch it again")  # fmt: skip
     for pattern, value in patterns.items():
         _check_number(value, f"{path}: {key}: {pattern}", whole=whole)
+        if len(re.findall(r"[*+{]", pattern)) > _MAX_REPEATS or _REPEATED_GROUP.search(pattern):
+            raise InputError("is a regular expression that could take for ever", where=f"{path}: {key}",
+                             expected=f"at most {_MAX_REPEATS} repeats, none of a group", found=_short(pattern),
+                             remedy="write a simpler pattern, or a name for each module")  # fmt: skip
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise InputError("is not a regular expression", where=f"{path}: {key}", expected=error, found=pattern,
                              remedy="correct the adapter's config") from None  # fmt: skip
     return dict(patterns)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from regraft.core.checkpoint import CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG, Checkpoint
-from regraft.core.errors import TransformationError
+from regraft.core.errors import InputError, TransformationError
+from regraft.core.jsonio import brief
 
 STALE = (
     "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
@@ -160,6 +161,10 @@ def _tokenizer_config(checkpoint: Checkpoint, moved: Any) -> dict[str, Any]:
 
 def _decoder(decoder: Mapping[str, Any], moved: Any) -> Iterator[tuple[str, Any]]:
     """Entries under their new ids; null takes an old one away."""
+    wrong = next((index for index in decoder if not (index.isascii() and index.isdecimal() and len(index) < 20)), None)
+    if wrong is not None:
+        raise InputError("is no id of a token", where=f"{TOKENIZER_CONFIG}: added_tokens_decoder",
+                         expected="ids and their tokens", found=brief(wrong), remedy="correct the file")  # fmt: skip
     new = {str(moved(int(index))): token for index, token in decoder.items() if moved(int(index)) is not None}
     yield from ((index, None) for index in decoder if index not in new)
     yield from ((index, token) for index, token in new.items() if decoder.get(index) != token)

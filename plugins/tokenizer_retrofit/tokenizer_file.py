@@ -12,6 +12,7 @@ from regraft.core.errors import InputError, Unsupported
 from regraft.core.jsonio import dump
 from regraft.core.verify.structure import TOKENIZER
 from regraft.plugins.tokenizer_retrofit.spelling import CONTINUES, SPACE, Spelling, bytes_of
+from regraft.plugins.tokenizer_retrofit.well_formed import check_form
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -94,6 +95,7 @@ class TokenizerFile:
         if kind not in _KINDS:
             raise Unsupported("tokenizers of this kind cannot be changed", where=label,
                               expected=", ".join(_KINDS), found=kind)  # fmt: skip
+        check_form(document, label)
         _refuse_settings(model, kind, label)
         vocab = _vocab(model, kind, label)
         added = sorted(_added(document, label), key=lambda token: token.id)
@@ -181,7 +183,9 @@ class TokenizerFile:
 
         try:
             return Tokenizer.from_buffer(dump(self.document))
-        except Exception as error:  # the library raises Exception itself
+        except BaseException as error:  # the library raises Exception itself; and where it panics, what is none
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise InputError("the tokenizers library does not read the file", where=self.label, found=error) from None
 
     def stray(self) -> tuple[str, int, int | None] | None:

@@ -61,6 +61,8 @@ def read_dictionary(path: Path) -> list[tuple[str, str]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise unreadable(path, error) from None
+    except UnicodeDecodeError as error:
+        raise InputError("is not UTF-8 text", where=path, found=error.reason, remedy="convert the file") from None
     pairs = [line.split() for line in lines if line.strip()]
     for number, pair in enumerate(pairs, start=1):
         if len(pair) != 2:
