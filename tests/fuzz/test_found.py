@@ -1,0 +1,83 @@
+"""What fuzzing has found: each of these once ended in an exception of Python, in a panic, or not at all."""
+
+import json
+
+import pytest
+
+from tests.fuzz.mutations import HUGE
+from tests.fuzz.targets import REFUSALS, TARGETS
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+LLAMA3 = {**YARN, "rope_type": "llama3", "original_max_position_embeddings": 64, "low_freq_factor": 1,
+          "high_freq_factor": 1}  # fmt: skip
+
+
+def changed(name, seed, keys, value):
+    """An honest file with one value of its JSON replaced."""
+    document = json.loads(TARGETS[name].seeds()[seed])
+    container = document
+    for key in keys[:-1]:
+        container = container[key]
+    container[keys[-1]] = value
+    return json.dumps(document).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "seed", "keys", "value", "words"),
+    [
+        ("quant-state", 0, ["quant_type"], [], "quant_type"),
+        ("quant-state", 0, ["blocksize"], {}, "blocksize"),
+        ("quant-state", 0, ["nested_offset"], HUGE, "nested_offset"),
+        ("adapter-config", 0, ["lora_alpha"], HUGE, "lora_alpha"),
+        ("adapter-config", 0, ["r"], HUGE, "config.json: r"),
+        ("adapter-config", 0, ["rank_pattern"], {"q_proj": HUGE}, "rank_pattern: q_proj"),
+        ("adapter-config", 0, ["alpha_pattern"], {"up_proj": HUGE}, "alpha_pattern: up_proj"),
+        ("adapter-config", 0, ["alpha_pattern"], {"(.*)*x": 1}, "could take for ever"),
+        ("adapter-config", 0, ["alpha_pattern"], {".*.*.*.*.*x": 1}, "could take for ever"),
+        ("tokenizer", 0, ["model", "merges"], 5, "model.merges"),
+        ("tokenizer", 0, ["model", "merges"], [5], "model.merges"),
+        ("tokenizer", 0, ["model", "merges"], [["a", ""]], "does not read"),
+        ("tokenizer", 0, ["model", "vocab", "a"], 2**64, "model.vocab"),
+        ("tokenizer", 0, ["added_tokens"], 5, "added_tokens"),
+        ("tokenizer", 0, ["added_tokens", 0, "content"], [], "no content"),
+        ("tokenizer", 0, ["added_tokens", 0, "id"], HUGE, "added_tokens"),
+        ("tokenizer", 1, ["model", "vocab"], [[]], "model.vocab"),
+        ("tokenizer", 1, ["model", "vocab"], [5], "model.vocab"),
+        ("tokenizer", 1, ["model", "vocab"], {"a": 0}, "model.vocab"),
+        ("tokenizer", 1, ["model", "vocab", 0, 1], "a", "model.vocab"),
+        ("tokenizer", 1, ["model", "unk_id"], [], "model.unk_id"),
+        ("tokenizer-config", 0, ["added_tokens_decoder"], {"a": {}}, "added_tokens_decoder"),
+        ("heads", 0, ["scores", 0, 0], HUGE, "scores"),
+        ("training-state", 0, ["optimizer"], None, "damaged"),
+        ("training-state", 0, ["losses", 0], HUGE, "damaged"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_by_name(name, seed, keys, value, words):
+    with pytest.raises(REFUSALS) as caught:
+        TARGETS[name].read(changed(name, seed, keys, value))
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (["head_dim"], 1e308),
+        (["head_dim"], {"a": 0}),
+        (["head_dim"], 2**62),
+        (["num_hidden_layers"], 2**62),
+        (["vocab_size"], HUGE),
+        (["rope_parameters"], YARN),
+        (["rope_parameters"], {**YARN, "original_max_position_embeddings": "a"}),
+        (["rope_parameters"], {**YARN, "original_max_position_embeddings": 64, "beta_fast": []}),
+        (["rope_parameters"], LLAMA3),
+        (["rope_parameters", "rope_theta"], 1e308),
+    ],
+)
+@pytest.mark.timeout(20)
+def test_a_hostile_config_is_neither_planned_on_for_ever_nor_a_plugins_fault(keys, value):
+    TARGETS["config"].survives(changed("config", 0, keys, value))
+
+
+def test_a_dictionary_that_is_no_text_is_refused():
+    with pytest.raises(REFUSALS, match="UTF-8"):
+        TARGETS["word-vectors"].read(b"a b\n\xff\xfe c\n")
