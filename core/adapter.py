@@ -1,23 +1,24 @@
-"""`[output] format = "adapter"`: what the steps add to the base's weights, as a PEFT adapter beside an untouched base.
+"""An adapter as the output: what the steps add to the base's weights, in PEFT's form, beside an untouched base.
 
 A weight W [d_out, d_in] that becomes W + s·(L @ R) gives its module lora_B = L [d_out, r], lora_A = R [r, d_in] and
 lora_alpha = s·r. Several steps on one weight stack their ranks: A = [R1; R2], B = [s1·L1, s2·L2]. Layers stored as
 (in, out), such as GPT-2's, and embeddings take the factors turned. Anything but low-rank deltas is refused by name.
 
-Sizes and config are known at plan time, because outlines tell the shapes and scales of the deltas.
+`[output] format` decides whether one is written, or where it says nothing a step that asks for it. Sizes and config are
+known at plan time, because outlines tell the shapes and scales of the deltas.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from regraft.core.architectures import Architecture, Family, Slot, architecture_of
 from regraft.core.checkpoint import ADAPTER_CONFIG, Checkpoint, FileRef
-from regraft.core.errors import TransformationError, Unsupported
+from regraft.core.errors import TransformationError, Unsupported, UsageError
 from regraft.core.jsonio import dump
 from regraft.core.layout import Layout, Shard
 from regraft.core.low_rank import LowRankDelta
@@ -28,6 +29,8 @@ from regraft.core.tensors import LazyTensor, RowReader
 
 if TYPE_CHECKING:
     import torch
+
+    from regraft.core.recipe.model import Recipe
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -156,26 +159,78 @@ class Factor(LazyTensor):
         return values.float() if scale == 1.0 else values.float() * scale
 
 
-def check_steps(base: Checkpoint, outlines: Mapping[str, Outline]) -> None:
+def formed(recipe: Recipe, base: Checkpoint, outlines: Mapping[str, Outline]) -> tuple[Recipe, list[str]]:
+    """The recipe with the form of its output decided, and what the plan has to say of that.
+
+    `[output] format` counts. Where it is not given the steps' own wishes do, and without any a checkpoint is written.
+
+    Args:
+        recipe: what is asked.
+        base: what an adapter would stand beside.
+        outlines: what each step promises, by its id.
+
+    Raises:
+        UsageError: steps ask for different forms, or a key of `[output]` is for the other one.
+        Unsupported: as `check_steps`.
+    """
+    wishes = {step: outline.form for step, outline in outlines.items() if outline.form is not None}
+    form, notes, wisher = recipe.output.format, list[str](), ""
+    if form is None and len(set(wishes.values())) > 1:
+        raise UsageError(
+            "the steps ask for different outputs", where="[output] format", expected='"checkpoint" or "adapter"',
+            found=", ".join(f"{step}: {wish}" for step, wish in wishes.items()),
+            remedy="say in [output] which it shall be, or the same in all steps",
+        )  # fmt: skip
+    if form is None and wishes:
+        wisher, form = next(iter(wishes.items()))
+        other = "checkpoint" if form == "adapter" else "adapter"
+        notes.append(f'step {wisher} asks for this form, {form}; [output] format = "{other}" asks for the other')
+    recipe = recipe.with_format(form or "checkpoint")
+    if recipe.writes_adapter:
+        if key := recipe.output.checkpoint_key:
+            raise UsageError(f"{key} is for whole checkpoints, and step {wisher} asks for an adapter",
+                             where=f"[output] {key}", remedy=f"leave it out, or {_REMEDY}")  # fmt: skip
+        check_steps(base, outlines, wisher)
+    return recipe, notes
+
+
+def check_steps(base: Checkpoint, outlines: Mapping[str, Outline], wisher: str = "") -> None:
     """Refuse a recipe whose steps do anything that an adapter cannot hold.
 
     Args:
         base: what the adapter will stand beside.
         outlines: what each step promises, by its id.
+        wisher: the step that asks for the adapter; "" if the recipe does.
 
     Raises:
         Unsupported: naming the step and the first thing that it changes.
     """
+    passing = _passing(base, outlines)
+    asked = f"step {wisher} asks for an adapter: {_REMEDY}" if wisher else _REMEDY
     for step, outline in outlines.items():
-        for where, what in _beyond(base, outline):
+        faults = [(f"step {step}: {where}", what, asked) for where, what in _beyond(base, outline, passing)]
+        if outline.beyond_adapter is not None:
+            faults = [(f"step {step}", *outline.beyond_adapter)]
+        for where, what, remedy in faults:
             raise Unsupported(
-                "an adapter cannot hold this change", where=f"step {step}: {where}",
+                "an adapter cannot hold this change", where=where,
                 expected="low-rank deltas of weights of the base, rounded to nearest, and nothing else", found=what,
-                remedy=_REMEDY,
+                remedy=remedy,
             )  # fmt: skip
 
 
-def _beyond(base: Checkpoint, outline: Outline) -> Iterable[tuple[str, str]]:
+def _passing(base: Checkpoint, outlines: Mapping[str, Outline]) -> set[str]:
+    """Files that one step writes for another, which leaves them behind: the base and the result have none of them."""
+    written: set[str] = set()
+    there: set[str] = set()
+    for outline in outlines.values():
+        there |= {*outline.files, *outline.json}
+        written |= there
+        there -= set(outline.dropped)
+    return written - there - set(base.files)
+
+
+def _beyond(base: Checkpoint, outline: Outline, passing: Set[str]) -> Iterable[tuple[str, str]]:
     """What of a step is no low-rank delta: a place, and what happens there."""
     for name, spec in outline.specs.items():
         if name not in base.specs:
@@ -187,9 +242,12 @@ def _beyond(base: Checkpoint, outline: Outline) -> Iterable[tuple[str, str]]:
     yield from ((name, "the tensor is removed") for name in sorted(outline.removals))
     yield from ((name, f"the tensor {old} is renamed") for name, old in outline.renames.items())
     for name, change in outline.json.items():
-        yield name, f"{', '.join(change) or 'nothing'} is changed"
-    yield from ((name, "the file is written") for name in outline.files)
-    yield from ((name, "the file is left behind") for name in outline.dropped)
+        if name not in passing:
+            yield name, f"{', '.join(change) or 'nothing'} is changed"
+    yield from ((name, "the file is written") for name in outline.files if name not in passing)
+    # of folders inside a model's, transformers reads none
+    left = (name for name in outline.dropped if name not in passing and "/" not in name)
+    yield from ((name, "the file is left behind") for name in left)
 
 
 def adapter_of(

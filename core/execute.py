@@ -119,14 +119,14 @@ def prepare(
         InputError: the base contradicts itself.
         RegraftError: as `make_plan`.
     """
-    if recipe.writes_adapter and options.verify not in (None, "structure"):
-        raise UsageError("an adapter is verified by its structure alone", where="--verify", found=options.verify,
-                         remedy="load it with peft, which regraft does not need")  # fmt: skip
     base = base or open_base(recipe, host)
     findings = [Finding(note, base.label, fatal=False) for note in base.notes]
     findings += check_structure(base, host.architectures())
     raise_findings(findings, InputError)
     plan = make_plan(recipe, base, host, threads=worker_count(options.threads))
+    if plan.recipe.writes_adapter and options.verify not in (None, "structure"):
+        raise UsageError("an adapter is verified by its structure alone", where="--verify", found=options.verify,
+                         remedy="load it with peft, which regraft does not need")  # fmt: skip
     return plan, findings
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from regraft.core.checkpoint import Checkpoint, FileRef
 from regraft.core.errors import PluginError
@@ -109,6 +109,9 @@ class Outline:
         or_nothing: whether data may decide that the step changes nothing at all, so that the patch is empty.
         workspace_bytes: host memory the step itself needs beside the writer's, at its peak.
         scratch_bytes: disk the step itself needs beside the output, such as for its saved state.
+        form: what the step would have written where `[output] format` does not say it; None leaves it to others.
+        beyond_adapter: what the step does that an adapter cannot hold, in its own words, and what to set in the step
+            instead; None where there is nothing, or nothing to be said of it.
     """
 
     specs: Mapping[str, TensorSpec] = field(default_factory=dict)
@@ -124,6 +127,8 @@ class Outline:
     or_nothing: bool = False
     workspace_bytes: int = 0
     scratch_bytes: int = 0
+    form: Literal["adapter", "checkpoint"] | None = None
+    beyond_adapter: tuple[str, str] | None = None
 
     @classmethod
     def of(cls, patch: Patch) -> Outline:

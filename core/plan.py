@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
 
-from regraft.core.adapter import adapter_of, check_steps, lay_out_adapter
+from regraft.core.adapter import adapter_of, formed, lay_out_adapter
 from regraft.core.buffers import CHUNK_BYTES, unreadable
 from regraft.core.cast import cast_patch
 from regraft.core.checkpoint import Checkpoint
@@ -53,7 +53,7 @@ class Plan:
     """A resolved recipe: the base as opened, the steps, and the output to the byte.
 
     Args:
-        recipe: what was asked.
+        recipe: what was asked, and whether that is a checkpoint or an adapter.
         base: the base checkpoint, headers validated.
         steps: what each step promises.
         result: the output as a checkpoint whose changed tensors have no values yet.
@@ -133,14 +133,14 @@ def make_plan(recipe: Recipe, base: Checkpoint, host: Host, *, threads: int) -> 
         planned = plan_step(step, checkpoint, host)
         steps.append(planned)
         checkpoint = promise(checkpoint, planned.outline, by=step.id)
-    if recipe.writes_adapter:
-        check_steps(base, {step.id: step.outline for step in steps})
+    recipe, form_notes = formed(recipe, base, {step.id: step.outline for step in steps})
     output = output_of(recipe, base, checkpoint, host)
     checkpoint = output.checkpoint
     layout = layout_of(recipe, checkpoint)
     memory = memory_bound(checkpoint, threads) + max((step.outline.workspace_bytes for step in steps), default=0)
     changes = changes_of(recipe, base, checkpoint)
-    return Plan(recipe, base, tuple(steps), checkpoint, layout, memory, threads, changes, output.notes)
+    notes = (*form_notes, *output.notes)
+    return Plan(recipe, base, tuple(steps), checkpoint, layout, memory, threads, changes, notes)
 
 
 def plan_step(step: Step, checkpoint: Checkpoint, host: Host) -> PlannedStep:
@@ -255,26 +255,27 @@ def output_of(recipe: Recipe, base: Checkpoint, checkpoint: Checkpoint, host: Ho
     if recipe.writes_adapter:
         adapter, notes = adapter_of(base, checkpoint, dtype=recipe.output.dtype, families=host.architectures())
         return Finished(adapter, tuple(notes))
-    checkpoint = overlay(checkpoint, _card_patch(checkpoint), by="output")
+    uncast = checkpoint = overlay(checkpoint, _card_patch(checkpoint), by="output")
     if recipe.output.dtype != "keep":
-        checkpoint = overlay(checkpoint, cast_patch(checkpoint, recipe.output.dtype), by="output.dtype")
-    return _quantised(recipe.output.quantize, base, checkpoint, host)
+        checkpoint = overlay(uncast, cast_patch(uncast, recipe.output.dtype), by="output.dtype")
+    return _quantised(recipe.output.quantize, base, uncast, checkpoint, host)
 
 
 def _quantised(
-    method: Literal["keep", "none", "nf4", "int8"], base: Checkpoint, checkpoint: Checkpoint, host: Host
-) -> Finished:
+    method: Literal["keep", "none", "nf4", "int8"], base: Checkpoint, uncast: Checkpoint, checkpoint: Checkpoint,
+    host: Host,
+) -> Finished:  # fmt: skip
     if method == "none" or (method == "keep" and base.packed is None):
         return Finished(checkpoint)
     from regraft.core.repack import gauges_of, repack
 
     if method == "keep":
-        repacked = repack(base, checkpoint)
+        repacked = repack(base, checkpoint, uncast)
         return Finished(repacked.checkpoint, (repacked.note,), repacked.realised)
     from regraft.core.architectures import architecture_of
     from regraft.core.quantize import quantize_patch
 
-    realised = gauges_of(base, checkpoint, method)
+    realised = gauges_of(base, uncast, method)
     architecture = architecture_of(checkpoint.config, checkpoint.specs, host.architectures())
     patch = quantize_patch(checkpoint, method, architecture, realised.gauges)
     return Finished(overlay(checkpoint, patch, by="output.quantize"), patch.notes, realised)

@@ -57,15 +57,17 @@ class Repacked:
     note: str
 
 
-def repack(base: Checkpoint, result: Checkpoint) -> Repacked:
+def repack(base: Checkpoint, result: Checkpoint, uncast: Checkpoint | None = None) -> Repacked:
     """`result` with its weights stored as those of `base`.
 
     A weight of the result is quantised if the base's of that name is; or, where it has a new name, if the base's that
-    differ only in the number of the layer are.
+    differ only in the number of the layer are. A renamed one goes by its old name. A copy that a step makes under a new
+    name goes by the new one: what it is a copy of is known in the run, but not to a plan.
 
     Args:
         base: opened from a checkpoint that bitsandbytes quantised: `base.packed` is set.
         result: what the steps made of it.
+        uncast: the same before `[output] dtype`, if that changed any tensor.
 
     Raises:
         Unsupported: a weight to be quantised is no float matrix, or does not fill whole items of the base's storage.
@@ -76,21 +78,23 @@ def repack(base: Checkpoint, result: Checkpoint) -> Repacked:
     tensors: dict[str, LazyTensor] = {}
     origins: dict[str, str] = {}
     gauges: dict[str, Gauge] = {}
-    untouched = 0
+    made = (uncast or result).tensors
+    untouched = again = 0
     for name, tensor in result.tensors.items():
-        old = weights.origin(name, tensor)
+        old = weights.origin(name, made[name])
         if old is None:
             tensors[name] = tensor
-            origins[name] = name if name in packed.tensors else stripped(tensor).spec.name
+            origins[name] = name if name in packed.tensors else stripped(made[name]).spec.name
             continue
         for part in weights.parts(old):
             new = _module(name) + part[len(_module(old)) :]
             tensors[new] = _named(new, packed.tensors[part])
-            if name in base.tensors or weights.is_stored(tensor):
+            if name in base.tensors or weights.is_stored(made[name]):
                 origins[new] = part
-        if weights.is_stored(tensor):
+        if weights.is_stored(made[name]):
             untouched += 1
             continue
+        again += 1
         weight, stored = _checked(_oriented(base, old, tensor), weights.stored[old], result.label), weights.stored[old]
         if weight.spec.shape == stored.spec.shape:
             gauges[name] = Gauge(widened(stored))
@@ -105,17 +109,21 @@ def repack(base: Checkpoint, result: Checkpoint) -> Repacked:
         shards=shards,
         files={**result.files, CONFIG: _config(packed, result, _settings(packed, base, result, tensors))},
     )
-    again = sum(weights.origin(name, tensor) is not None for name, tensor in result.tensors.items()) - untouched
     return Repacked(checkpoint, Realised(form, gauges), _note(form, untouched, again, base))
 
 
-def gauges_of(base: Checkpoint, result: Checkpoint, method: str) -> Realised:
+def gauges_of(base: Checkpoint, uncast: Checkpoint, method: str) -> Realised:
     """What measures an output that is asked for in the form which the base's weights happen to have: `nf4` or `int8`.
 
     A weight of another form, or of none, is quantised anew, and no change of it can be told from that.
+
+    Args:
+        base: of the run.
+        uncast: what the steps made of it, before `[output] dtype`.
+        method: the form that is asked for.
     """
     gauges = {}
-    for name, tensor in result.tensors.items():
+    for name, tensor in uncast.tensors.items():
         before = base.tensors.get(name)
         stored = stored_weight(before) if before is not None else None
         if before is None or stored is None or stripped(tensor) is before or tensor.spec.shape != before.spec.shape:
@@ -127,8 +135,8 @@ def gauges_of(base: Checkpoint, result: Checkpoint, method: str) -> Realised:
 
 
 def stripped(tensor: LazyTensor) -> LazyTensor:
-    """The tensor without renaming and conversion."""
-    while isinstance(tensor, Renamed) or (isinstance(tensor, ComputedTensor) and isinstance(tensor.operation, Convert)):
+    """The tensor without renaming."""
+    while isinstance(tensor, Renamed):
         tensor = tensor.sources[0]
     return tensor
 
@@ -149,7 +157,8 @@ def widened(tensor: LazyTensor) -> LazyTensor:
     if not isinstance(tensor, ComputedTensor):
         return tensor
     if isinstance(tensor.operation, Convert):
-        return widened(tensor.sources[0])
+        inner = widened(tensor.sources[0])
+        return inner if inner.spec.name == spec.name else Renamed(spec.name, inner)
     return ComputedTensor(spec, tensor.operation, tuple(map(widened, tensor.sources)))
 
 

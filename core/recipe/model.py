@@ -106,10 +106,10 @@ class Output(_Frozen):
     shard_size: Size = Field(
         default=DEFAULT_SHARD_BYTES, description="The largest size of one file, in bytes or as 5GB (10^9), 2GiB (2^30)."
     )
-    format: Literal["checkpoint", "adapter"] = Field(
-        default="checkpoint",
+    format: Literal["checkpoint", "adapter"] | None = Field(
+        default=None,
         description="A whole checkpoint, or what the steps add to the base as a PEFT adapter; for steps that make "
-        "low-rank deltas and nothing else.",
+        "low-rank deltas and nothing else. Default: what the steps ask for, as vlora does; otherwise a checkpoint.",
     )
     quantize: Literal["keep", "none", "nf4", "int8"] = Field(
         default="keep",
@@ -133,13 +133,17 @@ class Output(_Frozen):
     @model_validator(mode="after")
     def _adapter_settings(self) -> Self:
         """Refuse beside an adapter what is said of a whole checkpoint."""
-        if self.format == "adapter":
-            for key in ("quantize", "minimum_cosine", "shard_size", "verify"):
-                if getattr(self, key) != type(self).model_fields[key].default:
-                    raise PydanticCustomError(
-                        "adapter", '{key} is for whole checkpoints, and format is "adapter": leave it out', {"key": key}
-                    )
+        if self.format == "adapter" and (key := self.checkpoint_key):
+            raise PydanticCustomError(
+                "adapter", '{key} is for whole checkpoints, and format is "adapter": leave it out', {"key": key}
+            )
         return self
+
+    @property
+    def checkpoint_key(self) -> str | None:
+        """The first key that says something of whole checkpoints alone; None where all are as they are by default."""
+        keys = ("quantize", "minimum_cosine", "shard_size", "verify")
+        return next((key for key in keys if getattr(self, key) != type(self).model_fields[key].default), None)
 
     def changes_weights(self) -> bool:
         """Whether the output differs from the base even without a step: another dtype, quantisation or sharding."""
@@ -203,8 +207,12 @@ class Recipe(_Frozen):
 
     @property
     def writes_adapter(self) -> bool:
-        """Whether the output is an adapter, to stand beside the base."""
+        """Whether the output is an adapter, to stand beside the base; before the plan, whether the recipe says so."""
         return self.output.format == "adapter"
+
+    def with_format(self, form: Literal["checkpoint", "adapter"]) -> Self:
+        """The same recipe, saying what it writes."""
+        return self.model_copy(update={"output": self.output.model_copy(update={"format": form})})
 
     def with_output(self, path: Path) -> Self:
         """The same recipe, writing to `path`."""

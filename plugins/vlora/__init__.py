@@ -5,7 +5,7 @@ reference repository FeipengMa6/VLoRA. A generator turns the features of an imag
 values and attention outputs, and into a path beside the MLP; no visual token enters the sequence.
 
 Deviations. The authors add the deltas while the model runs, and can change the image from prompt to prompt; so does
-`output = "attached"`, while `merged` puts those of one image into the weights. Their generator is square: here inputs
+`output = "attached"`, while `adapter` and `merged` hold those of one image. Their generator is square: here inputs
 and outputs of each projection have their own widths, so that grouped key-value heads and any head size fit. Their path
 beside the MLP needs their own class: merged, it is more hidden units of the MLP, in classes that have biases there.
 Images are looked at one by one.
@@ -32,11 +32,11 @@ class Vlora(Transformation[VloraParams]):
     name = "vlora"
     summary = "Bake what an image shows into the weights, as low-rank deltas made by a trained generator."
     paper = "Ma et al. 2024, VLoRA, NeurIPS, arXiv 2405.20339"
-    loads_with = 'stock transformers; output = "attached": transformers with trust_remote_code=True'
+    loads_with = 'peft; output = "merged": stock transformers; output = "attached": with trust_remote_code=True'
     Params = VloraParams
 
     def plan(self, checkpoint: Checkpoint, params: VloraParams) -> Outline:
-        """The tensors that get a delta and, for type m, every MLP; what generator and encoder take of memory.
+        """The tensors that get a delta and, for type m, every MLP, or those of an attached generator and its encoder.
 
         Raises:
             InputError: generator, image, features or encoder are not valid, or for another model.

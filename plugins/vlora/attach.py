@@ -1,4 +1,4 @@
-"""`output = "attached"`: the generator inside the checkpoint, and code that adds its deltas while the model runs."""
+"""`output = "attached"`: generator and encoder in the checkpoint, with code that adds deltas while the model runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from regraft.core.operations import Value
 from regraft.core.patch import Edit, Patch, Renamed
 from regraft.core.portable_code import code_patch, portable_code, read_template, refuse_other_code
 from regraft.core.tensors import LazyTensor
+from regraft.plugins.vlora.eyes import eye_settings, eye_tensors, processor_files, replaced_files
 from regraft.plugins.vlora.settings import ROLES, GeneratorSettings
+from regraft.plugins.vlora.vision import Tower
 
 MODULE, CLASS, CONFIG_CLASS = "modeling_vlora", "VloraForCausalLM", "VloraConfig"
 
@@ -30,9 +32,9 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*", r
 
 def attached(
     checkpoint: Checkpoint, architecture: Architecture, settings: GeneratorSettings, types: str,
-    tensors: Mapping[str, LazyTensor], scale: float,
+    tensors: Mapping[str, LazyTensor], scale: float, eyes: Tower | None = None,
 ) -> Patch:  # fmt: skip
-    """The patch: the generator's tensors, the places of its deltas in config.json, and the code.
+    """The patch: the generator's tensors, the places of its deltas in config.json, the code, and what it sees with.
 
     Args:
         checkpoint: of the language model.
@@ -41,8 +43,10 @@ def attached(
         types: whose deltas are added.
         tensors: of the generator, by the names of `settings.shapes()`.
         scale: s.
+        eyes: the vision encoder that goes along; without one the model takes features alone.
 
     Raises:
+        InputError: the encoder has no image processor.
         Unsupported: a mixture of experts, a model with code of its own, or of no stock class.
     """
     refuse_other_code(checkpoint)
@@ -55,12 +59,18 @@ def attached(
     code = code_patch(MODULE, CLASS, portable_code(read_template(__package__, f"{MODULE}.py.template"), literals))
     auto_map = {**code.config["auto_map"], "AutoConfig": f"{MODULE}.{CONFIG_CLASS}"}
     block = _block(settings, _places(architecture, settings, types), scale)
+    files, dropped = dict(code.files), {}
+    if eyes is not None:
+        tensors = {**tensors, **eye_tensors(eyes)}
+        block |= eye_settings(eyes)
+        files |= processor_files(eyes)
+        dropped = dict(replaced_files(checkpoint))
     edits = {}
     for name, tensor in tensors.items():
         own = Renamed(TENSORS + name, tensor)
         edits[own.spec.name] = Edit(own.spec, Value(own))
     config = {**code.config, "auto_map": auto_map, "model_type": model_type, "vlora": block}
-    return Patch(edits=edits, json={CONFIG: config}, files=dict(code.files))
+    return Patch(edits=edits, json={CONFIG: config}, files=files, dropped=dropped)
 
 
 def families() -> Sequence[Family]:

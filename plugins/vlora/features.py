@@ -70,7 +70,22 @@ def sight_of(params: VloraParams, settings: GeneratorSettings) -> Sight:
         return _from_file(params.features, params.names, settings)
     for image in params.pictures:
         check_image(image)
-    tower = _tower(params, settings)
+    tower = _fitting(_tower(params, settings), settings)
+    return Sight(tuple(image.name for image in params.pictures), params.pictures, tower)
+
+
+def eyes_of(params: VloraParams, settings: GeneratorSettings) -> Tower | None:
+    """The encoder that an attached generator sees with; None where neither the recipe nor the generator names one.
+
+    Raises:
+        InputError, Unsupported: as `sight_of`.
+    """
+    if params.vision is None and settings.vision_tower is None:
+        return None
+    return _fitting(_tower(params, settings), settings)
+
+
+def _fitting(tower: Tower, settings: GeneratorSettings) -> Tower:
     found, wanted = (tower.patches, tower.width), (settings.pos_num, settings.visual_dim)
     if found != wanted:
         raise InputError(
@@ -78,7 +93,7 @@ def sight_of(params: VloraParams, settings: GeneratorSettings) -> Sight:
             expected=f"{wanted[0]} features of width {wanted[1]}", found=f"{found[0]} features of width {found[1]}",
             remedy=_encoder_remedy(settings),
         )  # fmt: skip
-    return Sight(tuple(image.name for image in params.pictures), params.pictures, tower)
+    return tower
 
 
 def _tower(params: VloraParams, settings: GeneratorSettings) -> Tower:

@@ -35,7 +35,7 @@ class VloraParams(Params):
     vision: ModelReference | None = Field(
         None,
         description="The vision encoder, CLIP or SigLIP: a folder or a hub id. Default: the one that the generator was "
-        "trained with.",
+        "trained with. attached: it goes into the checkpoint.",
     )
     types: str | None = Field(
         None,
@@ -52,20 +52,19 @@ class VloraParams(Params):
         description="Type m adds the rank's number of hidden units to every MLP, rounded up to a multiple of this by "
         "units that do nothing: kernels for quantised and for shared-out weights want round widths. 1 adds no more.",
     )
-    output: Literal["merged", "attached"] = Field(
-        "merged",
-        description='merged: the image\'s deltas go into the weights; with [output] format = "adapter" beside them. '
-        "attached: no image; the generator goes into the checkpoint, with code that sees `image_features` at run time.",
+    output: Literal["adapter", "merged", "attached"] = Field(
+        "adapter",
+        description="What is written where [output] format does not say it. adapter: a PEFT adapter of the image's "
+        "deltas, to stand beside the base. merged: a checkpoint with the deltas in its weights. attached: no image; a "
+        "checkpoint with the generator and its vision encoder, and code that takes pixels at run time.",
     )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         if self.output == "attached":
-            own = ("generator", "types", "scale", "output")
+            own = ("generator", "vision", "types", "scale", "output")
             if stray := [name for name in type(self).model_fields if name in self.model_fields_set - set(own)]:
-                raise ValueError(
-                    f'{stray[0]} is for output = "merged": attached sees its images at run time: remove it'
-                )
+                raise ValueError(f"{stray[0]} is for an image that is baked in: attached sees images at run time")
             return self
         given = [name for name in ("image", "images", "features") if getattr(self, name) is not None]
         if len(given) != 1:

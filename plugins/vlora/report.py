@@ -37,8 +37,9 @@ def metrics(aim: Aim, found: Sequence[Delta]) -> dict[str, Any]:
         "scale": aim.scale,
         "tensors": len(found),
     }
-    if sight is not None and sight.tower is not None:
-        facts["vision"] = {"digest": sight.tower.checkpoint.digest, "select_layer": sight.tower.select_layer}
+    tower = aim.eyes if sight is None else sight.tower
+    if tower is not None:
+        facts["vision"] = {"digest": tower.checkpoint.digest, "select_layer": tower.select_layer}
     if found:
         facts["lost"] = rounded(max(one.lost for one in found))
     return facts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from regraft.core.architectures import Architecture, architecture_of
 from regraft.core.checkpoint import CONFIG, Checkpoint
@@ -16,12 +16,14 @@ from regraft.core.specs import TensorSpec
 from regraft.core.tensors import LazyTensor, MemoryTensor, PromisedTensor
 from regraft.core.transformation import Run
 from regraft.plugins.vlora.attach import attached
-from regraft.plugins.vlora.features import Sight, sight_of
+from regraft.plugins.vlora.eyes import try_eyes
+from regraft.plugins.vlora.features import Sight, eyes_of, sight_of
 from regraft.plugins.vlora.folder import GeneratorFolder, open_generator
 from regraft.plugins.vlora.params import VloraParams
 from regraft.plugins.vlora.places import Key, Place, check_model, places_of
 from regraft.plugins.vlora.settings import GeneratorSettings
 from regraft.plugins.vlora.train_own import OWN_CONFIG, OWN_WEIGHTS, own_generator, own_settings
+from regraft.plugins.vlora.vision import Tower
 from regraft.plugins.vlora.widen import check_widening, widened
 
 if TYPE_CHECKING:
@@ -31,9 +33,13 @@ if TYPE_CHECKING:
 
 BAKED_IN = (
     "the image is baked in: it acts on every token of every prompt, those about other things too; another image needs "
-    "another checkpoint"
+    "another output"
 )
 
+_NO_ADAPTER = (
+    "type m, a path beside the whole MLP",
+    'types = "qkvo" leaves it out; output = "merged" writes a whole checkpoint',
+)
 _FP32 = 4
 
 
@@ -48,9 +54,11 @@ class Aim:
         types: which deltas are applied.
         places: tensors that get low-rank deltas.
         sight: the images; None where the generator is attached, to look at run time.
+        eyes: the vision encoder that goes along with an attached generator, if one is known.
         scale: of every delta.
         mlp_multiple: of new hidden units, for type m.
         own: whether the generator stands in the checkpoint itself.
+        form: what the step would have written.
     """
 
     architecture: Architecture
@@ -59,9 +67,11 @@ class Aim:
     types: str
     places: tuple[Place, ...]
     sight: Sight | None
+    eyes: Tower | None
     scale: float
     mlp_multiple: int
     own: bool
+    form: Literal["adapter", "checkpoint"]
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, params: VloraParams) -> Aim:
@@ -80,12 +90,16 @@ class Aim:
         if not set(types) <= set(settings.types):
             raise UsageError("the generator has no such type", where="types", expected=f"some of {settings.types}",
                              found=types, remedy="leave the others out")  # fmt: skip
-        if "m" in types and params.output == "merged":
+        attached = params.output == "attached"
+        if "m" in types and not attached:
             check_widening(architecture)
-        places = tuple(places_of(checkpoint, architecture, settings, types))
-        sight = sight_of(params, settings) if params.output == "merged" else None
-        scale = settings.scale * params.scale
-        return cls(architecture, settings, label, types, places, sight, scale, params.mlp_multiple, own)
+        return cls(
+            architecture, settings, label, types, tuple(places_of(checkpoint, architecture, settings, types)),
+            sight=None if attached else sight_of(params, settings),
+            eyes=eyes_of(params, settings) if attached else None,
+            scale=settings.scale * params.scale, mlp_multiple=params.mlp_multiple, own=own,
+            form="adapter" if params.output == "adapter" else "checkpoint",
+        )  # fmt: skip
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -115,23 +129,30 @@ class Aim:
             f"a generator of {settings.num_parameters} parameters, which makes deltas of rank {settings.rank} (types "
             f"{self.types}) of {len(settings.active_layers)} of {settings.num_layers} layers"
         )
-        shape = [settings.pos_num, settings.visual_dim]
+        features = f"image_features [batch, {settings.pos_num}, {settings.visual_dim}]"
+        if self.eyes is None:
+            seen = f"where the model or its generate() gets {features}, it sees the image; without them it is the base"
+            return made, seen, 'it takes no pixels, since no vision encoder is known: name it with vision = "..."'
+        count = sum(tensor.spec.numel for tensor in self.eyes.weights.values())
         seen = (
-            f"where the model or its generate() gets image_features [batch, {shape[0]}, {shape[1]}], it sees the "
-            "image; without them it is the base"
+            f"its vision encoder, of {count} parameters, goes along: inputs = processor(images=..., text=..., "
+            'return_tensors="pt") of AutoProcessor, then model.generate(**inputs); without an image it is the base'
         )
-        return made, seen
+        return made, seen, f"in place of pixels the model and its generate() take {features}"
 
 
 def outline(checkpoint: Checkpoint, params: VloraParams) -> Outline:
     """What the step changes, exactly. Raises as `Aim.of`."""
     aim = Aim.of(checkpoint, params)
     if aim.sight is None:
-        return replace(Outline.of(_attached(checkpoint, aim, params, planned=True)), notes=aim.notes)
+        size = 0 if aim.eyes is None else aim.eyes.nbytes
+        shape = Outline.of(_attached(checkpoint, aim, params, planned=True))
+        return replace(shape, notes=aim.notes, form=aim.form, workspace_bytes=size)
     shape = Outline.of(_patch(checkpoint, aim, None))
     factors = sum(place.total_rank * sum(place.spec.shape) for place in aim.places)
     size = _FP32 * (aim.settings.num_parameters + factors) + aim.sight.workspace_bytes
-    return replace(shape, notes=aim.notes, workspace_bytes=size)
+    beyond = _NO_ADAPTER if "m" in aim.types else None
+    return replace(shape, notes=aim.notes, form=aim.form, beyond_adapter=beyond, workspace_bytes=size)
 
 
 def apply(checkpoint: Checkpoint, params: VloraParams, run: Run) -> Patch:
@@ -145,6 +166,9 @@ def apply(checkpoint: Checkpoint, params: VloraParams, run: Run) -> Patch:
     aim = Aim.of(checkpoint, params)
     if aim.sight is None:
         patch = _attached(checkpoint, aim, params, planned=False)
+        if aim.eyes is not None:
+            run.tell("trying the vision encoder")
+            try_eyes(aim.eyes, run.device)
         return replace(patch, notes=aim.notes, metrics=metrics(aim, []))
     pairs = _pairs(_folder(checkpoint, params), aim, aim.sight, run)
     patch = _patch(checkpoint, aim, pairs)
@@ -215,8 +239,8 @@ def _attached(checkpoint: Checkpoint, aim: Aim, params: VloraParams, *, planned:
         }
     else:
         tensors = _folder(checkpoint, params).tensors
-    patch = attached(checkpoint, aim.architecture, aim.settings, aim.types, tensors, aim.scale)
-    return replace(patch, dropped=_dropped(checkpoint, aim))
+    patch = attached(checkpoint, aim.architecture, aim.settings, aim.types, tensors, aim.scale, aim.eyes)
+    return replace(patch, dropped={**patch.dropped, **_dropped(checkpoint, aim)})
 
 
 def _dropped(checkpoint: Checkpoint, aim: Aim) -> dict[str, str]:

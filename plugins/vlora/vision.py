@@ -15,6 +15,7 @@ from regraft.core.checkpoint import CONFIG, Checkpoint
 from regraft.core.errors import InputError, RegraftError, Unsupported
 from regraft.core.sources.open import open_checkpoint
 from regraft.core.specs import FLOAT_CODES
+from regraft.core.tensors import LazyTensor
 from regraft.plugins.vlora.images import check_image, read_image
 
 if TYPE_CHECKING:
@@ -30,9 +31,12 @@ _KINDS = {
     "siglip": ("SiglipVisionConfig", "SiglipVisionModel"),
     "siglip_vision_model": ("SiglipVisionConfig", "SiglipVisionModel"),
 }
+_LONE = {kind: f"{kind.removesuffix('_vision_model')}_vision_model" for kind in _KINDS}
 _NESTED = "vision_config"
 _PREFIX = "vision_model."
 """Before the tower's tensors in checkpoints of both towers, and in what earlier releases of transformers wrote."""
+_BUFFER = "embeddings.position_ids"
+"""What earlier releases of transformers wrote beside the weights: 0, 1, 2, ..."""
 _LAYER = re.compile(r"encoder\.layers\.(\d+)\.layer_norm1\.weight")
 _FP32 = 4
 
@@ -64,6 +68,21 @@ class Tower:
         """As the user wrote it."""
         return self.checkpoint.label
 
+    @property
+    def kind(self) -> str:
+        """`model_type` of the vision tower alone."""
+        return _LONE[self.checkpoint.config["model_type"]]
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Of the vision tower."""
+        return self.checkpoint.config.get(_NESTED) or self.checkpoint.config
+
+    @property
+    def weights(self) -> dict[str, LazyTensor]:
+        """The tower's weights by name, without prefix."""
+        return {name: self.checkpoint.tensors[stored] for name, stored in _own(self.checkpoint).items()}
+
     def load(self, device: str = "cpu") -> Encoder:
         """The tower with its weights in fp32, and the image processor beside it.
 
@@ -75,7 +94,7 @@ class Tower:
         with side_folder(self.checkpoint) as folder, quiet():
             processor = _processor(self.checkpoint, folder)
             with memory("loading the vision encoder"):
-                model = _model(self.checkpoint).to(device)
+                model = _model(self).to(device)
         return Encoder(self, model, processor)
 
 
@@ -159,16 +178,18 @@ def open_tower(reference: str, *, select_layer: int = -2) -> Tower:
 def _own(checkpoint: Checkpoint) -> dict[str, str]:
     """The tower's tensors: names without prefix, and as stored."""
     inside = {name.removeprefix(_PREFIX): name for name in checkpoint.specs if name.startswith(_PREFIX)}
-    return inside or {name: name for name in checkpoint.specs}
+    own = inside or {name: name for name in checkpoint.specs}
+    return {name: stored for name, stored in own.items() if name != _BUFFER}
 
 
-def _model(checkpoint: Checkpoint) -> Any:
+def _model(tower: Tower) -> Any:
     import torch
     import transformers
 
+    checkpoint = tower.checkpoint
     config_class, model_class = (getattr(transformers, name) for name in _KINDS[checkpoint.config["model_type"]])
     try:
-        config = config_class.from_dict(dict(checkpoint.config.get(_NESTED) or checkpoint.config))
+        config = config_class.from_dict(dict(tower.config))
         with torch.device("meta"):
             wanted = model_class(config).state_dict()
         state = _state(checkpoint, wanted)

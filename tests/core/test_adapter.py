@@ -1,11 +1,14 @@
-"""`[output] format = "adapter"`: what peft makes of the folder is what the checkpoint would have held."""
+"""Adapters as output: what peft makes of the folder is what the checkpoint would have held."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from regraft.core.adapter import check_steps, formed
+from regraft.core.errors import Unsupported
 from regraft.core.low_rank import LowRankDelta
 from regraft.core.patch import DeltaSpec, Edit, Outline, Patch, promise
 from regraft.core.sources.folder import open_folder
@@ -14,7 +17,7 @@ from regraft.core.verify.folder import verify_folder
 from tests.adapters import write_adapter
 from tests.families import FAMILIES, save_tiny
 from tests.plugins.lora_merge.adapters import make_adapter, merged_by_peft, merged_by_us, roundings_apart, tensors_of
-from tests.running import done, regraft, tree, write_recipe
+from tests.running import done, load_recipe, regraft, tree, write_recipe
 
 FUSED = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"], "gpt_neox": FUSED, "falcon": FUSED}
@@ -133,6 +136,37 @@ def test_whatever_is_no_low_rank_delta_is_refused_by_name(llama, tmp_path):
     )
     recipe = write_recipe(tmp_path / "v.toml", tmp_path / "base", merge(tmp_path / "a"), format="adapter")
     assert "by its structure alone" in regraft("apply", recipe, "-o", tmp_path / "out", "--verify", "load").err
+
+
+def test_what_one_step_writes_for_another_is_no_change(llama):
+    """As `vlora-train` leaves a generator, which `vlora` uses and leaves behind; a file that stays is refused."""
+    base = open_folder(llama / "base", label="base")
+    makes = Outline(files={"own/weights": 9}, json={"own/config.json": {"rank": 4}})
+    uses = Outline(dropped={"own/weights": "used", "own/config.json": "used"})
+    check_steps(base, {"makes": makes, "uses": uses})
+    for steps, words in (
+        ({"makes": makes}, "step makes: own/config.json"),
+        ({"makes": makes, "uses": uses, "again": makes}, "step makes: own/config.json"),
+        ({"uses": replace(uses, dropped={"tokenizer.json": "unused"})}, "step uses: tokenizer.json"),
+    ):
+        with pytest.raises(Unsupported, match=words):
+            check_steps(base, steps)
+
+
+def test_the_form_is_what_the_recipe_says_or_the_steps(llama, tmp_path):
+    base, asks = open_folder(llama / "base", label="base"), {"x": Outline(form="adapter"), "y": Outline()}
+    files = [
+        write_recipe(tmp_path / f"{form}.toml", llama / "base", dtype="float16", **({"format": form} if form else {}))
+        for form in (None, "checkpoint")
+    ]
+    recipes = [load_recipe(file) for file in files]
+    forms = [
+        formed(recipe, base, outlines)[0].output.format for recipe in recipes for outlines in (asks, {"y": Outline()})
+    ]
+    assert forms == ["adapter", "checkpoint", "checkpoint", "checkpoint"]
+    assert formed(recipes[0], base, asks)[1] == [
+        'step x asks for this form, adapter; [output] format = "checkpoint" asks for the other'
+    ]
 
 
 def test_tied_embeddings_and_single_experts_are_refused(tmp_path):

@@ -6,14 +6,15 @@ from dataclasses import replace
 
 import pytest
 
+from regraft.core.cast import cast_patch
 from regraft.core.checkpoint import CONFIG
 from regraft.core.dequantised import EightBitTensor, FourBitTensor
 from regraft.core.errors import TransformationError, Unsupported
 from regraft.core.fourbit import parse_state
 from regraft.core.layout import lay_out
 from regraft.core.low_rank import LowRankDelta
-from regraft.core.operations import ComputedTensor, Value
-from regraft.core.patch import Edit, Patch, overlay
+from regraft.core.operations import ComputedTensor, Convert, Value
+from regraft.core.patch import Edit, Outline, Patch, overlay, promise
 from regraft.core.quantised import parts_like
 from regraft.core.realised import Gauge, Realised
 from regraft.core.repack import repack, widened
@@ -284,6 +285,37 @@ def test_new_layers_are_quantised_and_other_new_matrices_are_listed(folders):
     for end in ("", ".absmax", ".nested_absmax", ".quant_state.bitsandbytes__nf4"):
         assert kept.raw(f"model.layers.5.self_attn.q_proj.weight{end}") == base.packed.raw(f"{Q_PROJ}{end}")
         assert f"{Q_PROJ}{end}" not in kept.tensors
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+@pytest.mark.parametrize("kind", ["nf4-double", "int8"])
+def test_a_plan_knows_how_copies_and_conversions_are_stored(folders, kind, dtype, tmp_path):
+    """It sees their specs alone, and must come to the same files as the run, which sees what they are copies of."""
+    base = open_checkpoint(folders("llama", kind))
+    layer, moved, k_proj = (
+        f"model.layers.{at}.self_attn.{part}_proj.weight" for at, part in ((2, "q"), (5, "k"), (0, "k"))
+    )
+    specs = {layer: base.specs[Q_PROJ], "draft.weight": base.specs[Q_PROJ]}
+    edits = {name: Edit(replace(spec, name=name), Convert(Q_PROJ)) for name, spec in specs.items()}
+    wide = {moved: Edit(replace(base.specs[k_proj], name=moved, dtype="F32"), Convert(moved))}
+    wide[DOWN] = Edit(replace(base.specs[DOWN], dtype="F32"), Convert(DOWN))
+    planned = ran = base
+    for patch in (Patch(edits=edits, renames={moved: k_proj}), Patch(edits=wide)):
+        planned, ran = promise(planned, Outline.of(patch), by="s"), overlay(ran, patch, by="s")
+    outputs = []
+    for uncast in (planned, ran):
+        cast = uncast if dtype is None else overlay(uncast, cast_patch(uncast, dtype), by="output")
+        outputs.append(repack(base, cast, uncast))
+    plan, run = (output.checkpoint for output in outputs)
+    assert list(plan.specs.items()) == list(run.specs.items())
+    assert plan.shards == run.shards
+    assert lay_out(plan, 30_000).files == lay_out(run, 30_000).files
+    assert outputs[0].note == outputs[1].note
+    assert run.specs["draft.weight"].dtype == ("F16" if dtype else base.specs[Q_PROJ].dtype)
+    kept = open_checkpoint(materialise(run, tmp_path / "out"))
+    for name, source in ((layer, Q_PROJ), (moved, k_proj), (DOWN, DOWN)):
+        found, expected = kept.load(name).float(), base.load(source).float()
+        assert (found - expected).norm() < 0.01 * expected.norm(), name  # scales of doubly quantised ones are rounded
 
 
 def test_what_cannot_be_stored_like_the_base_is_refused(folders):

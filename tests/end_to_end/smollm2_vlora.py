@@ -66,12 +66,12 @@ def make_generator(base: Path, folder: Path, dim: int) -> int:
     return settings.num_parameters
 
 
-def apply(root: Path, name: str, types: str, **output: str) -> str:
+def apply(root: Path, name: str, types: str, **step: str) -> str:
     """Bake the features in; what it took."""
-    keys = "".join(f"{key} = {json.dumps(value)}\n" for key, value in output.items())
+    keys = "".join(f"{key} = {json.dumps(value)}\n" for key, value in step.items())
     (root / f"{name}.toml").write_text(
         f'[base]\nmodel = "./base"\n[[steps]]\nuse = "vlora"\ngenerator = "g"\nfeatures = "image.safetensors"\n'
-        f'types = "{types}"\n[output]\npath = {json.dumps(str(root / name))}\n{keys}'
+        f'types = "{types}"\n{keys}[output]\npath = {json.dumps(str(root / name))}\n'
     )
     started = time.monotonic()
     regraft("apply", root / f"{name}.toml", "--force", "--no-durable")
@@ -88,12 +88,12 @@ def run(root: Path, *, short: bool) -> None:
     features = torch.randn(PATCHES, WIDTH, generator=torch.Generator().manual_seed(0))
     save_file({"image": features}, root / "image.safetensors")
     print(f"generator: {count / 1e6:.1f} M parameters")
-    for name, types, output in (
-        ("merged", "qkvo", {}),
-        ("adapter", "qkvo", {"format": "adapter"}),
-        ("wide", "qkvom", {}),
+    for name, types, step in (
+        ("merged", "qkvo", {"output": "merged"}),
+        ("adapter", "qkvo", {}),
+        ("wide", "qkvom", {"output": "merged"}),
     ):
-        print(f"{name}: {apply(root, name, types, **output)}")
+        print(f"{name}: {apply(root, name, types, **step)}")
     print(shell(sys.executable, "-c", COMPARE, base, root / "merged", root / "adapter", TEXT).strip())
     said = regraft("generate", root / "wide", "What is the capital of France? Answer in one sentence.",
                    "--max-new-tokens", "20")  # fmt: skip

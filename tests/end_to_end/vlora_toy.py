@@ -204,6 +204,7 @@ def bake(root: Path, reader: Reader, generator: Path, held_out: list[int], first
 model = "demo:tiny"
 [[steps]]
 use = "vlora"
+output = "merged"
 image = {json.dumps(str(picture))}
 generator = {json.dumps(str(generator))}
 vision = {json.dumps(str(root / "tower"))}

@@ -75,7 +75,6 @@ def test_defaults(load):
         "output": {
             "dtype": "keep",
             "shard_size": 5 * 10**9,
-            "format": "checkpoint",
             "quantize": "keep",
             "minimum_cosine": 0.9,
             "digest": "xxh3",

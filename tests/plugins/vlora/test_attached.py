@@ -1,5 +1,8 @@
 """The generator inside the checkpoint: with an image's features the model is the merged one, without them the base."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -12,9 +15,12 @@ from regraft.core.transformation import Run
 from regraft.core.verify.structure import check_structure
 from regraft.plugins.vlora import Vlora, regraft_architectures
 from regraft.plugins.vlora.params import VloraParams
+from regraft.plugins.vlora.vision import PROCESSOR
 from tests.families import save_tiny, tiny
 from tests.materialise import materialise
+from tests.plugins.vlora.encoders import picture, save_encoder
 from tests.plugins.vlora.generators import (
+    edit_json,
     features,
     gpt2_parts,
     hooked_logits,
@@ -22,7 +28,7 @@ from tests.plugins.vlora.generators import (
     make_generator,
     vlora,
 )
-from tests.running import done, recipe_text
+from tests.running import done, recipe_text, regraft, write_recipe
 
 TOKENS = torch.tensor([[1, 5, 9, 77, 33, 120], [1, 8, 2, 64, 99, 3]])
 
@@ -126,27 +132,132 @@ def test_it_sees_beside_quantised_weights(tmp_path):
     make_generator(tmp_path / "base", tmp_path / "g", types="qkvom")
     (tmp_path / "nf4.toml").write_text(recipe_text("base", path=str(tmp_path / "nf4"), quantize="nf4"))
     done("apply", tmp_path / "nf4.toml")
-    step = {"use": "vlora", "generator": "g", "output": "attached"}
-    logits = {}
-    for name, form in (("kept", {}), ("wide", {"quantize": "none"})):
-        (tmp_path / f"{name}.toml").write_text(recipe_text("nf4", step, path=str(tmp_path / name), **form))
+    save_encoder("siglip-vision", tmp_path / "eyes")
+    step = {"use": "vlora", "generator": "g", "vision": str(tmp_path / "eyes"), "output": "attached"}
+    logits, pixels = {}, torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for name, base, form in (
+        ("wide", "nf4", {"quantize": "none"}),
+        ("kept", "nf4", {}),
+        ("new", "base", {"quantize": "nf4"}),
+    ):
+        write_recipe(tmp_path / f"{name}.toml", base, step, path=str(tmp_path / name), **form)
         done("apply", tmp_path / f"{name}.toml")
         with torch.no_grad():
             model = AutoModelForCausalLM.from_pretrained(tmp_path / name, trust_remote_code=True).eval()
-            logits[name] = model(TOKENS, image_features=features()).logits
-            assert not close(logits[name], model(TOKENS).logits)
-    apart = float((logits["kept"] - logits["wide"]).norm() / logits["wide"].norm())
-    assert apart < 0.1, "bitsandbytes computes in bf16 on some processors"
+            logits[name] = torch.cat([model(TOKENS, **sight).logits for sight in (
+                {"image_features": features()}, {"pixel_values": pixels})])  # fmt: skip
+            assert not close(logits[name][:2], model(TOKENS).logits)
+        if form != {"quantize": "none"}:
+            assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+        assert type(model.vlora.vision.encoder.layers[0].mlp.fc1).__name__ == "Linear"
+        apart = float((logits[name] - logits["wide"]).norm() / logits["wide"].norm())
+        assert apart < 0.1, "bitsandbytes computes in bf16 on some processors"
 
 
-def test_no_path_of_the_trainer_goes_along(llama, tmp_path):
-    for tower, kept in (("openai/clip-vit-large-patch14-336", True), ("/home/me/clip", False)):
-        make_generator(llama / "base", tmp_path / "g", vision_tower=tower)
-        after, patch = attach(llama / "base", tmp_path, types="qm", scale=0.5)
-        assert after.config["vlora"].get("vision_tower") == (tower if kept else None)
-        assert after.config["vlora"]["scale"] == 1.0
-        assert {key[0] for key in after.config["vlora"]["places"]} == {"q", "m"}
-        assert any("without them it is the base" in note for note in patch.notes)
+def test_without_an_encoder_it_takes_features_alone_and_says_so(llama, tmp_path):
+    make_generator(llama / "base", tmp_path / "g")
+    after, patch = attach(llama / "base", tmp_path, types="qm", scale=0.5)
+    assert after.config["vlora"]["scale"] == 1.0
+    assert {key[0] for key in after.config["vlora"]["places"]} == {"q", "m"}
+    assert any("without them it is the base" in note for note in patch.notes)
+    assert any("it takes no pixels, since no vision encoder is known" in note for note in patch.notes)
+    assert PROCESSOR not in after.files
+    with pytest.raises(ValueError, match="no vision encoder: give image_features in place of pixel_values"):
+        load(llama / "out")(TOKENS, pixel_values=torch.zeros(1, 3, 8, 8))
+
+
+LOOK = """
+import sys
+sys.modules["regraft"] = None
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+*folders, first, second = sys.argv[1:]
+images = [Image.open(path).convert("RGB") for path in (first, second)]
+options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+for folder in folders:
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/out", trust_remote_code=True, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(f"{folder}/out")
+    inputs = processor(images=images, text=["the sea and the land"] * 2, return_tensors="pt")
+    assert set(inputs) >= {"input_ids", "attention_mask", "pixel_values"}, set(inputs)
+    text = {key: value[:1] for key, value in inputs.items() if key != "pixel_values"}
+    merged = AutoModelForCausalLM.from_pretrained(f"{folder}/merged", dtype=torch.float32)
+    with torch.no_grad():
+        both, blind, right = model(**inputs).logits, model(**text).logits, merged(**text).logits
+        features = model.vlora.vision(inputs["pixel_values"][:1], output_hidden_states=True).hidden_states[-2]
+        features = features[:, model.config.vlora["leading"] :]
+        given = model(**text, image_features=features).logits
+    assert torch.equal(model.generate(**inputs, **options)[:1], merged.generate(**text, **options))
+    apart = [float((one - right[0]).norm() / right.norm()) for one in (both[0], given[0], both[1], blind[0])]
+    assert max(apart[:2]) < 1e-5 < 1e-4 < min(apart[2:]), (folder, apart)
+"""
+
+
+def test_pixels_at_run_time_are_the_merged_checkpoint_of_the_same_image(tmp_path):
+    """Two images at once, in a process that has no regraft; the second row's is another one."""
+    images = [picture(tmp_path / f"{seed}.png", seed=seed) for seed in (0, 1)]
+    kinds = [tmp_path / "clip", tmp_path / "siglip-vision"]
+    for root in kinds:
+        save_tiny("llama", root / "base", tokenizer=True)
+        save_encoder(root.name, root / "eyes")
+        make_generator(root / "base", root / "g")
+        step = {"use": "vlora", "generator": "g", "vision": str(root / "eyes")}
+        for name, more in (("out", {"output": "attached"}), ("merged", {"output": "merged", "image": str(images[0])})):
+            write_recipe(root / f"{name}.toml", "base", {**step, **more}, path=str(root / name))
+        plan = done("plan", root / "out.toml", "--json").json
+        for name in ("out", "merged"):
+            done("apply", root / f"{name}.toml")
+        sizes = {name: (root / "out" / name).stat().st_size for name in (*plan["weight_files"], *plan["files"])}
+        assert sizes == {**plan["weight_files"], **plan["files"]}
+        assert any("its vision encoder" in note for note in plan["steps"][0]["notes"])
+        written = open_folder(root / "out", label="out")
+        assert str(tmp_path) not in f"{written.json('config.json')}{written.json(PROCESSOR)}"
+        assert check_structure(written, regraft_architectures()) == []
+        for name in ("base", "eyes", "g"):
+            (root / name).rename(root / f"{name}.gone")
+    command = [sys.executable, "-I", "-W", "ignore", "-c", LOOK, *kinds, *images]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+def no_processor(folder):
+    (folder / PROCESSOR).unlink()
+
+
+def pixels_of_another_size(folder):
+    edit_json(folder / PROCESSOR, crop_size={"height": 12, "width": 12})
+
+
+def fewer_layers(folder):
+    edit_json(folder / "config.json", num_hidden_layers=1)
+
+
+def other_width(folder):
+    save_encoder("clip-vision", folder, hidden_size=16)
+
+
+EYES = {
+    "no processor": (no_processor, "has no image processor"),
+    "another size": (pixels_of_another_size, "does not fit the encoder"),
+    "fewer layers": (fewer_layers, "do not fit its config"),
+    "another width": (other_width, "is not that of the generator"),
+}
+
+
+@pytest.mark.parametrize("fault", EYES)
+def test_an_encoder_that_would_not_see_is_refused(fault, tmp_path):
+    damage, words = EYES[fault]
+    save_tiny("llama", tmp_path / "base", tokenizer=True)
+    save_encoder("clip-vision", tmp_path / "eyes")
+    make_generator(tmp_path / "base", tmp_path / "g", vision_tower=str(tmp_path / "eyes"))
+    damage(tmp_path / "eyes")
+    step = {"use": "vlora", "generator": "g", "output": "attached"}
+    ran = regraft("apply", write_recipe(tmp_path / "r.toml", "base", step, path=str(tmp_path / "out")))
+    assert ran.code == 3
+    assert words in ran.err
+    assert "Traceback" not in ran.err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gemma3", "gpt_neox"])

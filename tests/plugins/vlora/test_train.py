@@ -222,6 +222,28 @@ def test_a_new_generator_has_the_types_that_can_be_merged(lesson, tiny_folder):
         VloraTrain().plan(open_checkpoint(tiny_folder("mixtral")), params(lesson, new=NEW))
 
 
+def chain(lesson, base, *more, **sizes):
+    """A recipe that trains a generator, one step long."""
+    data, features = str(lesson / "rows.jsonl"), str(lesson / "features.safetensors")
+    new = {f"new.{key}": value for key, value in {**NEW, **sizes}.items()}
+    first = {"use": "vlora-train", "data": data, "features": features, "batch_size": 4, "steps": 1, **new}
+    return write_recipe(lesson / "r.toml", base, first, *more, path=str(lesson / "out"))
+
+
+def test_a_rank_larger_than_a_dimension_is_refused(lesson, tiny_folder):
+    ran = regraft("apply", chain(lesson, tiny_folder("llama"), rank=65))
+    assert ran.code == 2
+    assert "rank: 65 is larger than a dimension: inputs of q is 64" in ran.err
+    assert not (lesson / "out").exists()
+
+
+def test_a_generator_that_is_trained_and_used_in_one_recipe_leaves_an_adapter(lesson, tiny_folder):
+    sees = {"use": "vlora", "features": str(lesson / "features.safetensors"), "names": ["red"]}
+    done("apply", chain(lesson, tiny_folder("llama"), sees, types="qkvo"))
+    kept = {path.name for path in (lesson / "out").iterdir()}
+    assert kept == {"README.md", "adapter_config.json", "adapter_model.safetensors", "regraft", "regraft.lock.json"}
+
+
 BAD_ROWS = {
     "no such image": ({"prompt": "a", "answer": "b", "image": "none.png"}, InputError, "rows.jsonl:5.*no such image"),
     "outside": ({"prompt": "a", "answer": "b", "image": "../x.png"}, InputError, "outside of the folder of images"),
@@ -269,7 +291,7 @@ def test_steps_behind_it_take_its_generator_and_later_recipes_its_folder(llama, 
               "lr": 1e-3}  # fmt: skip
     first = {**common, "id": "first", **{f"new.{key}": value for key, value in {**NEW, "types": "qkvo"}.items()}}
     second = {**common, "id": "second", "train": "both"}
-    baked = {"use": "vlora", "features": "features.safetensors", "names": ["red"]}
+    baked = {"use": "vlora", "features": "features.safetensors", "names": ["red"], "output": "merged"}
     done("apply", write_recipe(lesson / "three.toml", llama, first, second, baked), "-o", "three")
     done("apply", write_recipe(lesson / "two.toml", llama, first, second), "-o", "two")
     done("verify", "two", "--deep")
@@ -278,6 +300,9 @@ def test_steps_behind_it_take_its_generator_and_later_recipes_its_folder(llama, 
     assert not same_bits(loaded(open_checkpoint("three")), loaded(open_checkpoint("two")))
     assert names(Path("two/vlora")) == ["config.json", "model.safetensors"]
     assert not Path("three/vlora").exists()
+    beside = {**baked, "generator": "two/vlora", "output": "adapter"}
+    done("apply", write_recipe(lesson / "beside.toml", "two", beside), "-o", "beside")
+    assert Path("beside/adapter_model.safetensors").is_file()
     again = {key: value for key, value in second.items() if key != "id"}
     refused = regraft("plan", write_recipe(lesson / "again.toml", "two", again))
     assert refused.code == 2

@@ -11,8 +11,9 @@ from tests.checkpoints import read_all, same_bits
 from tests.families import save_tiny
 from tests.helpers import names, run_python
 from tests.plugins.vlora.encoders import picture, save_encoder
-from tests.plugins.vlora.generators import features, make_generator, save_features
-from tests.running import done, recipe_text, regraft
+from tests.plugins.vlora.generators import edit_json, features, make_generator, save_features
+from tests.plugins.vlora.test_images import png_header
+from tests.running import done, regraft, tree, write_recipe
 
 
 @pytest.fixture
@@ -27,9 +28,9 @@ def bench(tmp_path):
 
 
 def recipe(bench, name="r", **step):
-    file = bench / f"{name}.toml"
-    file.write_text(recipe_text("base", {"use": "vlora", "generator": "g", **step}, path=str(bench / name)))
-    return file
+    """A recipe for a checkpoint, unless `step` says otherwise."""
+    step = {"use": "vlora", "generator": "g", "output": "merged", **step}
+    return write_recipe(bench / f"{name}.toml", "base", step, path=str(bench / name))
 
 
 def test_an_image_is_baked_in(bench):
@@ -73,21 +74,90 @@ def test_the_plan_imports_no_torch_and_tells_the_cost(bench):
     assert f"made by a generator of {count} parameters" in told
 
 
-def test_an_adapter_instead_of_a_checkpoint(bench):
+def small(bench, name, **output):
+    """A recipe with the step as it is by default, but without type m."""
     step = {"use": "vlora", "generator": "g", "types": "qkvo", "image": "cat.png"}
-    (bench / "a.toml").write_text(recipe_text("base", step, path=str(bench / "a"), format="adapter"))
-    done("apply", bench / "a.toml")
+    return write_recipe(bench / f"{name}.toml", "base", step, path=str(bench / name), **output)
+
+
+def test_with_nothing_said_an_adapter_is_written(bench):
+    file = small(bench, "a")
+    plan = done("plan", file).out
+    assert "a PEFT adapter of 4 modules" in plan
+    assert "step vlora asks for this form, adapter" in plan
+    assert "PeftModel" in done("apply", file).out
+    assert not (bench / "a" / "config.json").exists()
+    assert json.loads((bench / "a" / "regraft.lock.json").read_text())["recipe"]["output"]["format"] == "adapter"
     config = json.loads((bench / "a" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (3, 6)
     tensors = load_file(bench / "a" / "adapter_model.safetensors")
     generator = load_file(bench / "g" / "model.safetensors")
     down = tensors["base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight"]
     assert torch.equal(down, generator["B.k"][0])
-    (bench / "m.toml").write_text(
-        recipe_text("base", {**step, "types": "m"}, path=str(bench / "m"), format="adapter"))  # fmt: skip
-    refused = regraft("plan", bench / "m.toml")
-    assert refused.code == 1
-    assert "an adapter cannot hold this change" in refused.err
+    done("apply", small(bench, "said", format="adapter"))
+    assert tree(bench / "said")["adapter_model.safetensors"] == tree(bench / "a")["adapter_model.safetensors"]
+
+
+def test_the_step_or_the_output_says_checkpoint(bench):
+    step = {"use": "vlora", "generator": "g", "image": "cat.png"}
+    for name, more, output in (("one", {"output": "merged"}, {}), ("two", {}, {"format": "checkpoint"})):
+        done("apply", write_recipe(bench / f"{name}.toml", "base", {**step, **more}, path=str(bench / name), **output))
+    assert same_bits(read_all(bench / "one"), read_all(bench / "two"))
+    assert "step vlora asks for this form, checkpoint" in done("plan", bench / "one.toml").out
+    both = {"use": "vlora", "generator": "g", "image": "cat.png", "types": "qkvo", "output": "merged"}
+    file = write_recipe(bench / "said.toml", "base", both, path=str(bench / "said"), format="adapter")
+    assert "a PEFT adapter of 4 modules" in done("apply", file).out
+
+
+LONGER = {"id": "longer", "use": "context-extension", "method": "abf", "target_length": 4096}
+SECOND = {"id": "second", "use": "vlora", "generator": "g", "image": "cat.png", "types": "qkvo", "output": "merged"}
+CONTRADICTIONS = {
+    "type m": ({"types": "qm"}, [], {}, 1, "step vlora: an adapter cannot hold this change", 'output = "merged"'),
+    "type m, said": ({}, [], {"format": "adapter"}, 1, "type m, a path beside the whole MLP", 'types = "qkvo"'),
+    "more than deltas": ({}, [LONGER], {}, 1, "step longer: config.json: an adapter cannot hold this change",
+                         'step vlora asks for an adapter: set [output] format = "checkpoint"'),
+    "two wishes": ({}, [SECOND], {}, 2, "the steps ask for different outputs", "vlora: adapter, second: checkpoint"),
+    "a key of checkpoints": ({}, [], {"quantize": "nf4"}, 2, "quantize is for whole checkpoints",
+                             "step vlora asks for an adapter"),
+    "attached": ({"output": "attached"}, [], {"format": "adapter"}, 1, "an adapter cannot hold this change",
+                 "a tensor is added"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_an_adapter_that_cannot_be_is_refused_by_name(case, bench):
+    step, more, output, code, words, remedy = CONTRADICTIONS[case]
+    types = {} if case == "type m, said" else {"types": "qkvo"}
+    image = {} if "output" in step else {"image": "cat.png"}
+    step = {"use": "vlora", "generator": "g", **image, **types, **step}
+    ran = regraft("apply", write_recipe(bench / "r.toml", "base", step, *more, path=str(bench / "r"), **output))
+    assert ran.code == code, ran.err
+    assert words in ran.err
+    assert remedy in ran.err
+    assert not (bench / "r").exists()
+
+
+def test_an_adapter_is_verified_by_its_structure(bench):
+    ran = regraft("apply", small(bench, "a"), "--verify", "load")
+    assert ran.code == 2
+    assert "an adapter is verified by its structure alone" in ran.err
+
+
+def test_a_quantised_base_takes_an_adapter(bench):
+    """Which needs no requantising: the remedy where merging would lose the delta."""
+    done("apply", write_recipe(bench / "n.toml", "base", path=str(bench / "nf4"), quantize="nf4"))
+    step = {"use": "vlora", "generator": "g", "types": "qkvo", "image": "cat.png"}
+    done("apply", write_recipe(bench / "a.toml", "nf4", step, path=str(bench / "a")))
+    done("apply", small(bench, "b"))
+    one, two = (load_file(bench / name / "adapter_model.safetensors") for name in "ab")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    merged = {**step, "output": "merged", "scale": 0.001}
+    ran = regraft("apply", write_recipe(bench / "m.toml", "nf4", merged, path=str(bench / "m")))
+    assert ran.code == 1
+    assert "loses the change" in ran.err
+    assert 'format = "adapter"' in ran.err
+    assert not (bench / "m").exists()
 
 
 def half_a_file(bench):
@@ -131,10 +201,43 @@ def large_weights(bench):
     save_file({name: one * 1e20 for name, one in load_file(file).items()}, file)
 
 
+def a_bomb(bench):
+    (bench / "cat.png").write_bytes(png_header(60000, 60000))
+
+
+def a_text(bench):
+    (bench / "cat.png").write_text("a cat")
+
+
+def high_rank(bench):
+    edit_json(bench / "g" / "config.json", rank=65)
+
+
+def gptq(bench):
+    edit_json(bench / "base" / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+
+
+def integer_weights(bench):
+    file = bench / "base" / "model.safetensors"
+    name = "model.layers.1.self_attn.q_proj.weight"
+    save_file({**load_file(file), name: load_file(file)[name].to(torch.int8)}, file)
+
+
+def integer_generator(bench):
+    file = bench / "g" / "model.safetensors"
+    save_file({name: one.to(torch.int8) for name, one in load_file(file).items()}, file)
+
+
 IMAGE, FEATURES = {"image": "cat.png"}, {"features": "features.safetensors"}
 REFUSED = {
     "no image": (None, {"image": "dog.png"}, 3, "there is no such image"),
     "half a file": (half_a_file, IMAGE, 3, "the image cannot be decoded"),
+    "a text": (a_text, IMAGE, 3, "is no image"),
+    "a bomb": (a_bomb, IMAGE, 3, "too many pixels: decoding it could fill the memory"),
+    "a rank too high": (high_rank, FEATURES, 3, "rank: 65 is larger than a dimension: inputs of q is 64"),
+    "a base in gptq": (gptq, FEATURES, 3, "quantised with gptq, which regraft does not read"),
+    "integers for weights": (integer_weights, FEATURES, 1, "in a dtype that cannot be computed with"),
+    "integers in the generator": (integer_generator, FEATURES, 3, "a weight of the generator is no float tensor"),
     "image and features": (None, {**IMAGE, **FEATURES}, 2, "give one of `image`, `images` and `features`"),
     "neither": (None, {}, 2, "found none of them"),
     "no generator": (None, {**IMAGE, "generator": "h"}, 3, "there is no such checkpoint"),
@@ -174,8 +277,11 @@ def test_type_m_is_refused_where_a_class_has_no_biases(family, tmp_path):
     base = save_tiny(family, tmp_path / "base", tokenizer=True)
     make_generator(base, tmp_path / "g")
     save_features(tmp_path / "features.safetensors")
-    ran = regraft("plan", recipe(tmp_path, **FEATURES))
+    file = recipe(tmp_path, **FEATURES)
+    before = names(tmp_path)
+    ran = regraft("apply", file)
     assert ran.code == 1
     assert "this model cannot express" in ran.err
     assert 'types = "qkvo"' in ran.err
+    assert names(tmp_path) == before
     done("plan", recipe(tmp_path, types="qkvo", **FEATURES))
