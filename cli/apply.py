@@ -10,6 +10,7 @@ import typer
 
 from regraft.cli.console import event, human_bytes, print_json, progress, tell
 from regraft.cli.options import DEPTHS, Json, RecipeName, Set, Threads, target_of, validated
+from regraft.cli.push import Branch, Licence, Private, check_before, push_output, upload_of
 
 if TYPE_CHECKING:
     from regraft.core.execute import ApplyReport
@@ -41,6 +42,12 @@ def apply(
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Take results of steps from the cache, and keep them there.")
     ] = True,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Push the output to the hub, once it stands and is verified.")
+    ] = None,
+    private: Private = False,
+    revision: Branch = "main",
+    licence: Licence = None,
     as_json: Json = False,
 ) -> None:
     """Run a recipe and write a new checkpoint."""
@@ -57,18 +64,22 @@ def apply(
         )
     parsed = validated(recipe, overrides)
     target = target_of(parsed, output)
+    upload = upload_of(push_to_hub, private=private, revision=revision, licence=licence)
     options = ApplyOptions(device, threads, force, link, durable, strict, verify, save_patches, restart, cache)
     if not processes().first:
         attend(parsed, target, host(), options)
         return
+    if upload is not None:
+        check_before(upload, parsed)
     with progress(as_json=as_json) as bar:
         say = partial(_say, as_json=as_json)
         events = Events(say=say, start=bar.start, advance=bar.advance)
         report = run(parsed, target, host(), options, events)
-    if as_json:
-        print_json(as_document(report))
-    else:
+    if not as_json:
         _print(report)
+    pushed = None if upload is None else push_output(report.target, upload, as_json=as_json)
+    if as_json:
+        print_json({**as_document(report), "pushed": pushed})
 
 
 def _say(line: str, *, as_json: bool) -> None:

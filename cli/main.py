@@ -21,6 +21,7 @@ from regraft.cli import (
     inspect,
     plan,
     plugins,
+    push,
     recipes,
     reproduce,
     schema,
@@ -99,7 +100,7 @@ def main(
         raise typer.Exit(UsageError.exit_code)
 
 
-for _module in (apply, plan, check, inspect, diff, verify, reproduce, generate, plugins, schema):
+for _module in (apply, plan, check, inspect, diff, verify, reproduce, push, generate, plugins, schema):
     app.command()(getattr(_module, _module.__name__.rpartition(".")[2]))
 app.command("eval")(evaluate.evaluate)
 app.add_typer(recipes.app, name="recipes")

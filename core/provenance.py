@@ -216,9 +216,16 @@ def _front_matter(plan: Plan) -> list[str]:
         front.append("- lora")
     if plan.base.origin.get("source") == "hub":
         front.append(f"base_model: {plan.recipe.base.model}")
-    card = plan.base.files.get(CARD)
-    inherited = _INHERITED.findall(_matter(card.read())) if card else []
-    return [*front, *inherited, "---"]
+    return [*front, *inherited(plan.base), "---"]
+
+
+def inherited(base: Checkpoint) -> list[str]:
+    """Lines of front matter that hold for a base and for what is made of it: licence and kind of model."""
+    card, licence = base.files.get(CARD), base.origin.get("license")
+    lines = _INHERITED.findall(front_matter(card.read().decode("utf-8", "replace"))) if card else []
+    if isinstance(licence, str) and not any(line.startswith("license:") for line in lines):
+        lines += _INHERITED.findall(f"license: {licence}")
+    return lines
 
 
 def _adapter_usage(base: Checkpoint) -> list[str]:
@@ -233,9 +240,9 @@ def _adapter_usage(base: Checkpoint) -> list[str]:
     ]
 
 
-def _matter(card: bytes) -> str:
-    """The front matter of a model card; empty if it has none."""
-    match = _MATTER.match(card.decode("utf-8", "replace").replace("\r\n", "\n"))
+def front_matter(card: str) -> str:
+    """That of a model card; empty if it has none."""
+    match = _MATTER.match(card.replace("\r\n", "\n"))
     return match[1] if match else ""
 
 

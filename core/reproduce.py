@@ -6,6 +6,7 @@ user says; and because digests tell which inputs they were, a wrong one is refus
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ from regraft.core.environment import Difference, differences
 from regraft.core.errors import InputError, RegraftError, ResourceError, UsageError
 from regraft.core.execute import ApplyOptions, Events, apply
 from regraft.core.host import Host
+from regraft.core.hub_upload import licensed
 from regraft.core.jsonio import brief, read_object
 from regraft.core.operations import leaves
 from regraft.core.provenance import LOCK_SCHEMA, data_digests
@@ -32,11 +34,13 @@ from regraft.core.recipe.nodes import PATH_FORMATS, shape_of
 from regraft.core.recipe.references import Reference
 from regraft.core.recipe.wording import KeyPath
 from regraft.core.sources import open_checkpoint
-from regraft.core.sources.folder import LOCK
+from regraft.core.sources.folder import CARD, LOCK
 from regraft.core.verify import Finding
 from regraft.core.verify.lock import digest_as, table
 
 _NO_ORIGIN = ("model", "digest", "tensors")
+_ON_DISK = ("folder", "gguf")
+"""Sources of bases that have no other place than a path."""
 _REMEDY = "say where the inputs are: --base PATH, --data STEP.KEY=PATH, or --inputs DIR for relative paths"
 
 
@@ -136,11 +140,22 @@ def reproduce(
     with _target(lock, out) as target:
         report = apply(recipe, target, host, options, events, base=base)
         _, made = read_lock(target)
+        made = _as_published(made, record, target)
         environment = tuple(differences(record, made))
         findings, tensors, files = compare(record, made)
     return ReproduceReport(
         lock, made["environment"]["device"], tensors, files, tuple(findings), environment, out and report.target
     )
+
+
+def _as_published(made: dict[str, Any], record: Mapping[str, Any], target: Path) -> dict[str, Any]:
+    """What was pushed with a licence given by hand has it in its card: so must what it is compared with."""
+    licence = record.get("published", {}).get("license")
+    if licence is None:
+        return made
+    card = licensed((target / CARD).read_bytes(), licence)
+    digest = {"bytes": len(card), "sha256": hashlib.sha256(card).hexdigest()}
+    return {**made, "output": {**made["output"], "files": {**made["output"]["files"], CARD: digest}}}
 
 
 def compare(record: Mapping[str, Any], made: Mapping[str, Any]) -> tuple[list[Finding], int, int]:
@@ -211,6 +226,8 @@ class _Located:
         stated = self._record["base"]
         origin = {key: value for key, value in stated.items() if key not in _NO_ORIGIN}
         model, place = str(stated.get("model")), self._base_place()
+        if place is None and origin.get("source") in _ON_DISK:
+            raise self._missing([*self._problems, f"base: there is no {model} in {self._whereabouts.folder}"])
         commit = origin.get("commit") if place is None else None
         try:
             checkpoint = open_checkpoint(place or model, revision=commit, extra=self._host.sources())

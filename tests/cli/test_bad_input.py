@@ -5,7 +5,7 @@ The faults are in `bad_*.py`, the messages in `snapshots/`; read the messages wh
 
 import pytest
 
-from tests.cli import bad_checkpoints, bad_options, bad_recipes  # noqa: F401 - they register their cases
+from tests.cli import bad_checkpoints, bad_options, bad_outputs, bad_recipes  # noqa: F401 - they register their cases
 from tests.cli.faults import CASES, failed
 from tests.cli.snapshots import FOLDER, check_snapshot
 from tests.running import regraft, tree
