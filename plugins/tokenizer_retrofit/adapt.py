@@ -6,7 +6,7 @@ does harm: so bits per byte of held-out text decide whether what was learnt is k
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -72,6 +72,8 @@ def adapt(
     settings: AdaptSettings,
     held_out: Mapping[str, Sequence[str]],
     run: Run,
+    *,
+    check: Callable[[Any], None] | None = None,
 ) -> Adapted:
     """Learn the new rows, and what the settings say of the body.
 
@@ -84,6 +86,7 @@ def adapt(
         held_out: passages by file, whose bits per byte are measured before and after; none: what was learnt is kept
             unseen.
         run: the run.
+        check: called with the model of `after` before it learns.
 
     Raises:
         RegraftError: as the training.
@@ -93,6 +96,8 @@ def adapt(
     tokenizer = run.tokenizer(after)
     taught = taught_steps(before, Cutter(tokenizer, new), old, settings, run) if settings.loss == "alm" else None
     model = run.model(after)
+    if check is not None:
+        check(model)
     head = Head.of(model)
     learns = _tables(after, model, tables, rows)
     body = None if settings.body is None else Body(model, before, settings.body, run.seed_for("body"))

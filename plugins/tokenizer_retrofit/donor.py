@@ -18,6 +18,7 @@ from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
 from regraft.plugins.tokenizer_retrofit.vocabulary import NewVocabulary, Origin
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+_NUMBER = "1234567"
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -73,7 +74,8 @@ def replace_by_donor(
         for theirs, our in (parts or {}).items():
             if theirs in new.ids and our in old.ids:
                 origins[new.ids[theirs]] = Origin(kept=old.ids[our])
-        return NewVocabulary(new, origins, {"tokens": len(new.ids), "special": special})
+        figures = {"tokens": len(new.ids), "special": special}
+        return NewVocabulary(new, origins, figures, _other_numbers(old, new))
     ours = added_entries(old)
     special_texts = {token.content for token in donor.added if token.special}
     own = {token.content: token.id for token in old.added}
@@ -86,7 +88,19 @@ def replace_by_donor(
     stages = TokenizerFile.parse({**donor.document, "post_processor": old.document.get("post_processor")}, donor.label)
     new = assemble(stages, ids, merges=merges, scores=donor.scores, added=[*ours, *plain])
     origins = Speller(old).origins(new, len(ids))
-    return NewVocabulary(new, origins, {"tokens": len(ids), "special": special})
+    return NewVocabulary(new, origins, {"tokens": len(ids), "special": special}, _other_numbers(old, new))
+
+
+def _other_numbers(old: TokenizerFile, new: TokenizerFile) -> tuple[str, ...]:
+    """A note where the stage before the model cuts digits otherwise, which costs arithmetic more than words."""
+    stages = (file.backend().pre_tokenizer for file in (old, new))
+    one, other = (
+        [_NUMBER] if stage is None else [piece for piece, _ in stage.pre_tokenize_str(_NUMBER)] for stage in stages
+    )
+    if [piece for piece in one if piece.isdigit()] == [piece for piece in other if piece.isdigit()]:
+        return ()
+    was, now = ("-".join(pieces) for pieces in (one, other))
+    return (f"numbers are cut otherwise than in the model's training, {was} and now {now}: expect worse arithmetic",)
 
 
 def _itself(donor: TokenizerFile) -> TokenizerFile:

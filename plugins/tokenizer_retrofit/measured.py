@@ -16,6 +16,7 @@ from regraft.plugins.tokenizer_retrofit.adapt import adapt
 from regraft.plugins.tokenizer_retrofit.bits import ALL, bits_by_name, passage_bytes, passages
 from regraft.plugins.tokenizer_retrofit.body_places import unchanged
 from regraft.plugins.tokenizer_retrofit.corpus import Corpus
+from regraft.plugins.tokenizer_retrofit.logits import KeptLogits
 from regraft.plugins.tokenizer_retrofit.params import TokenizerRetrofitParams
 from regraft.plugins.tokenizer_retrofit.rows import Rows
 from regraft.plugins.tokenizer_retrofit.tables import Tables
@@ -49,17 +50,24 @@ def measured(
 
     Raises:
         RegraftError: as `adapt`; the model or the texts cannot be read.
+        TransformationError: a kept token has other logits than before.
     """
     refuse_untrusted_code(before, trust=run.trust)
     texts = {} if params.held_out is None else _held_out(params.held_out, passage_bytes(before.config))
     fresh = [index for index, origin in enumerate(new.origins) if origin.kept is None and index in new.tokenizer.tokens]
     learns = params.adapt is not None and bool(fresh)
     bits: dict[str, dict[str, float]] = {}
+    said: KeptLogits | None = None
     for name, checkpoint in (("before", before), ("initial", after)) if texts else ():
         if name == "initial" and learns:
             continue  # measured with the model that then learns
         run.tell(f"bits per byte of {sum(map(len, texts.values()))} held-out passages, {name}")
-        bits[name] = bits_by_name(Head.of(run.model(checkpoint)), run.tokenizer(checkpoint), texts, run.device)
+        model = run.model(checkpoint)
+        if said is None:
+            said = KeptLogits.of(model, old, new)
+        else:
+            said.check(model)
+        bits[name] = bits_by_name(Head.of(model), run.tokenizer(checkpoint), texts, run.device)
     notes, figures, reports = patch.notes, dict[str, Any](), dict[str, FileRef]()
     if params.adapt is not None:
         patch = replace(patch, edits={**patch.edits, **unchanged(before, params.adapt.body)})
@@ -68,7 +76,8 @@ def measured(
     elif params.adapt is not None:
         settings = params.adapt.model_copy(update={"data": params.adapt.data or params.corpus})
         names = [name for role, name in tables.by_role().items() if role != "bias"]
-        adapted = adapt(before, after, old, new.tokenizer, names, fresh, settings, texts, run)
+        adapted = adapt(before, after, old, new.tokenizer, names, fresh, settings, texts, run,
+                        check=said.check if said is not None else None)  # fmt: skip
         bits |= adapted.bits
         figures, reports, notes = adapted.figures, adapted.reports, (*notes, *adapted.notes)
         patch = _with_rows(before, patch, tables, new, fresh, adapted.learnt)
@@ -108,5 +117,7 @@ def _with_rows(
         ]
         spec = edits[name].spec
         assert before.specs[name].rows == tables.rows
-        edits[name] = Edit(spec, Rows(parts, None, rows).operation(name, spec.rows - len(parts)))
+        made = Rows(parts, None, rows)
+        made.check_copies(name, new.origins)
+        edits[name] = Edit(spec, made.operation(name, spec.rows - len(parts)))
     return replace(patch, edits=edits)

@@ -54,7 +54,7 @@ def metadata(checkpoint: Checkpoint, rows: int, new_id: Mapping[int, int] | None
         TransformationError: a config names a token that is gone.
     """
     moved = (lambda index: index) if new_id is None else new_id.get
-    config = {**_ids(checkpoint.config, CONFIG, moved), **_sizes(checkpoint.config, rows)}
+    config = _joined(_ids(checkpoint.config, CONFIG, moved), _sizes(checkpoint.config, rows))
     found = {
         CONFIG: config,
         GENERATION_CONFIG: _generation(checkpoint, moved, range(rows - padding, rows)),
@@ -85,6 +85,12 @@ def token_ids_of(config: Mapping[str, Any]) -> Iterator[int]:
             yield from token_ids_of(value)
         elif _names_ids(key):
             yield from _flat(value)
+
+
+def _joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Two changes of one object."""
+    nested = {key: _joined(one[key], other[key]) for key in one.keys() & other.keys() if isinstance(one[key], Mapping)}
+    return {**one, **other, **nested}
 
 
 def _names_ids(key: str) -> bool:

@@ -125,6 +125,7 @@ def made_patch(
     initial = Initial(old, new, params, run, {role: checkpoint.tensor(name) for role, name in by_role.items()})
     for role, name in by_role.items():
         rows = initial.rows(role)
+        rows.check_copies(name, new.origins)
         edits[name] = Edit(specs[name], rows.operation(name, total - len(new.origins)))
     return Patch(
         edits=edits,

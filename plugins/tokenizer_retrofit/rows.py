@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from regraft.core.errors import TransformationError
 from regraft.core.operations import Operation
 from regraft.core.row_map import row_map
 from regraft.core.tensors import LazyTensor, MemoryTensor
@@ -29,6 +30,18 @@ class Rows:
     parts: Sequence[Sequence[int]]
     weights: Sequence[Sequence[float]] | None = None
     brought: torch.Tensor | None = None
+
+    def check_copies(self, name: str, origins: Sequence[Origin]) -> None:
+        """Whether the row of each kept token is one old row, its own, so that its bits stay.
+
+        Raises:
+            TransformationError: it is not.
+        """
+        for index, (origin, parts) in enumerate(zip(origins, self.parts, strict=True)):
+            weights = [1.0] if self.weights is None else list(self.weights[index])
+            if origin.kept is not None and (list(parts) != [origin.kept] or weights != [1.0]):
+                raise TransformationError("the row of a kept token is no copy", where=f"{name}: row {index}",
+                                          expected=f"old row {origin.kept}", found=f"rows {list(parts)}")  # fmt: skip
 
     def operation(self, name: str, padding: int) -> Operation:
         """The map of the table `name`, with so many rows of zeros behind it."""
