@@ -38,8 +38,7 @@ def parse_object(data: bytes, where: object, *, remedy: str = "correct the file,
     try:
         text = data.decode("utf-8")
         document = json.loads(text, object_pairs_hook=unique)
-        if _SURROGATE.search(text):
-            json.dumps(document, ensure_ascii=False).encode("utf-8")
+        check_surrogates(text, document)
     except UnicodeDecodeError as error:
         raise InputError("is not UTF-8 text", where=where, found=error.reason, remedy=remedy) from None
     except UnicodeEncodeError as error:
@@ -52,6 +51,20 @@ def parse_object(data: bytes, where: object, *, remedy: str = "correct the file,
             "is not a JSON object", where=where, expected="an object", found=type(document).__name__, remedy=remedy
         )
     return document
+
+
+def check_surrogates(text: str, value: Any) -> None:
+    """Refuse half a surrogate pair, which JSON can spell and nothing can encode.
+
+    Args:
+        text: of the document, in which such a value must be spelt as an escape.
+        value: what was read from it.
+
+    Raises:
+        UnicodeEncodeError: there is one.
+    """
+    if _SURROGATE.search(text):
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
 
 
 def brief(value: object) -> str:

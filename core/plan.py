@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -165,7 +166,7 @@ def blaming(step: str) -> Iterator[None]:
 
     Raises:
         InputError: a file cannot be read.
-        ResourceError: memory is short.
+        ResourceError: memory is short, or a disk is full.
         PluginError: anything else that is not an error of ours.
     """
     try:
@@ -173,6 +174,10 @@ def blaming(step: str) -> Iterator[None]:
     except RegraftError:
         raise
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError("the disk is full", where=f"step {step}", found=error.filename,
+                                remedy="free some space; the output's disk and the one for temporary files are used",
+                                ) from error  # fmt: skip
         if error.filename is None:
             raise _failed(step, error) from error
         raise unreadable(f"step {step}: {error.filename}", error) from error

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from regraft.core.buffers import unreadable
 from regraft.core.data.rows import BadRows, Place, Row
 from regraft.core.errors import InputError, UsageError
-from regraft.core.jsonio import brief
+from regraft.core.jsonio import brief, check_surrogates
 
 TextUnit = Literal["file", "paragraph", "line"]
 Reader = Callable[[Path, str, BadRows], Iterator[Row]]
@@ -73,7 +73,11 @@ def _json_lines(path: Path, label: str, bad: BadRows) -> Iterator[Row]:
 def _parsed(text: bytes, place: Place, bad: BadRows) -> Any:
     """The JSON value; None, and a bad row, if it is none."""
     try:
-        value = json.loads(text.decode("utf-8"))
+        decoded = text.decode("utf-8")
+        value = json.loads(decoded)
+        check_surrogates(decoded, value)
+    except UnicodeEncodeError as error:
+        bad.add(place, f"has half a surrogate pair, {error.object[error.start]!a}")
     except UnicodeDecodeError as error:
         bad.add(place, f"is not UTF-8 text ({error.reason} at byte {error.start})")
     except (ValueError, RecursionError) as error:
@@ -88,7 +92,12 @@ def _parsed(text: bytes, place: Place, bad: BadRows) -> Any:
 def _json(path: Path, label: str, bad: BadRows) -> Iterator[Row]:
     remedy = "correct the file, or give one object a line as .jsonl"
     try:
-        items = json.loads(path.read_bytes().decode("utf-8-sig"))
+        text = path.read_bytes().decode("utf-8-sig")
+        items = json.loads(text)
+        check_surrogates(text, items)
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise InputError("has half a surrogate pair", where=label, found=half, remedy=remedy) from None
     except (ValueError, RecursionError) as error:
         raise InputError("is not JSON", where=label, found=error, remedy=remedy) from None
     if not isinstance(items, list):
@@ -175,7 +184,7 @@ def _parquet(path: Path, label: str, bad: BadRows) -> Iterator[Row]:
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(values, Place(label, number, "row"))
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, ValueError, OverflowError, TypeError, KeyError) as error:  # pyarrow raises them all
         raise InputError("is not a Parquet file that pyarrow reads", where=label, found=error) from None
 
 

@@ -81,3 +81,22 @@ def test_a_hostile_config_is_neither_planned_on_for_ever_nor_a_plugins_fault(key
 def test_a_dictionary_that_is_no_text_is_refused():
     with pytest.raises(REFUSALS, match="UTF-8"):
         TARGETS["word-vectors"].read(b"a b\n\xff\xfe c\n")
+
+
+def test_a_column_whose_name_is_no_text_is_refused():
+    data = TARGETS["parquet"].seeds()[0]
+    with pytest.raises(REFUSALS, match="Parquet"):
+        TARGETS["parquet"].read(data.replace(b"text", b"\xff\xfe\xff\xfe"))
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("choices", rb'{"prompt": "a", "options": ["b", "\ud800"], "answer": 0}'),
+        ("json-lines", rb'{"text": "one"}' + b"\n" + rb'{"text": "\ud800"}' + b"\n" + rb'{"text": "\udfff two"}'),
+        ("json-rows", rb'[{"text": "\ud800"}]'),
+    ],
+)
+def test_half_a_character_in_data_is_refused(name, data):
+    with pytest.raises(REFUSALS, match="surrogate"):
+        TARGETS[name].read(data)
