@@ -136,9 +136,13 @@ def files_of(source: str) -> list[Path]:
     Raises:
         UsageError: a path that leads nowhere, or a folder without data.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
-        return [path]
+    try:
+        path = Path(source).expanduser()
+        if path.is_file():
+            return [path]
+    except (OSError, RuntimeError) as error:  # a name too long for any file, no right to look, no such home
+        raise UsageError("the path cannot be looked at", where=source[:200], found=error,
+                         remedy="check the path of the data") from None  # fmt: skip
     if path.is_dir():
         if any((path / mark).is_file() for mark in _DATASETS_MARKS):
             return []

@@ -95,9 +95,14 @@ def _words(text: str) -> tuple[str, dict[str, str]]:
     """The metric's name, and every `key=value`, `data` among them."""
     try:
         words = shlex.split(text)
+        if "\0" in text:
+            raise ValueError("it holds the character U+0000")
     except ValueError as error:
         raise UsageError(
-            "the task cannot be read", where=f"--task {text}", found=error, remedy="close the quote"
+            "the task cannot be read",
+            where=f"--task {text}",
+            found=error,
+            remedy="close the quote, and leave out what is no text",
         ) from None
     head, *rest = words or [""]
     name, _, source = head.partition(":")

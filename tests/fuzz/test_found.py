@@ -100,3 +100,11 @@ def test_a_column_whose_name_is_no_text_is_refused():
 def test_half_a_character_in_data_is_refused(name, data):
     with pytest.raises(REFUSALS, match="surrogate"):
         TARGETS[name].read(data)
+
+
+@pytest.mark.parametrize(
+    "data", [b"perplexity:" + b"9" * 5000, b"choices:a\0.jsonl", b"perplexity:~nobody-there/a.txt"]
+)
+def test_a_task_with_an_impossible_path_is_refused(data):
+    with pytest.raises(REFUSALS):
+        TARGETS["task"].read(data)
