@@ -83,9 +83,18 @@ def e2e(session):
 
 @nox.session
 def faults(session):
-    """Kill, interrupt and starve `apply` at random moments. `-- short` for CI."""
-    install(session, "tests")
-    session.run("python", "tests/faults/campaign.py", *session.posargs, env=ONE_THREAD)
+    """Kill, interrupt, starve and confuse `apply`, then fuzz every parser with atheris. `-- short` for CI."""
+    install(session, "tests", "fuzz")
+    session.run("python", "-m", "tests.faults.campaign", *session.posargs, env=ONE_THREAD)
+    some = ["header", "gguf", "recipe", "tokenizer", "--seconds=2"] if "short" in session.posargs else ["--seconds=15"]
+    session.run("python", "-m", "tests.fuzz.coverage_guided", *some, env=ONE_THREAD)
+
+
+@nox.session
+def audit(session):
+    """Known vulnerabilities of all dependencies; fails, and says so, where the advisory service does not answer."""
+    install(session, "audit")
+    session.run("python", "tests/packaging/audit.py", *session.posargs)
 
 
 @nox.session

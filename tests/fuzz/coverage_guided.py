@@ -56,6 +56,8 @@ def supervised(name: str, seconds: float, findings: Path) -> int:
         counts = [line.split()[1] for line in lines if line.startswith("Done ")]
         pulses = [line[1:].split()[0] for line in lines if line.startswith("#")]
         runs += int((counts or pulses or ["0"])[-1])
+        if "NOT RUN" in child.stderr:
+            sys.exit(child.stderr.strip())
         if child.returncode:
             log = findings / f"{name}-ended-{time.time_ns()}.txt"
             log.write_text("\n".join(lines[-60:]))
@@ -64,7 +66,10 @@ def supervised(name: str, seconds: float, findings: Path) -> int:
 
 def fuzz(name: str, seconds: float, findings: Path) -> None:
     """Fuzz in this process; does not return."""
-    import atheris
+    try:
+        import atheris
+    except ImportError:
+        sys.exit("NOT RUN: atheris is not installed, or has no wheel for this platform")
 
     with atheris.instrument_imports(include=["regraft.core", "regraft.plugins"], enable_loader_override=False):
         from tests.fuzz.targets import TARGETS
