@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -45,6 +46,18 @@ class FileRef:
             return self.path.read_bytes()
         except OSError as error:
             raise unreadable(self.path, error) from None
+
+    def copy_to(self, target: Path) -> None:
+        """Write its bytes to `target`; a file on the disk goes there without passing through memory.
+
+        Raises:
+            OSError: it cannot be read, or `target` not written.
+        """
+        if self.data is not None:
+            target.write_bytes(self.data)
+        else:
+            assert self.path is not None
+            shutil.copyfile(self.path, target)
 
     def sha256(self) -> str:
         """SHA-256 of its bytes, read piece by piece.

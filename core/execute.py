@@ -338,7 +338,7 @@ def _write(
         for name, file in ran.result.files.items():
             path = space.output / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(file.read())
+            file.copy_to(path)
     return layout, written
 
 

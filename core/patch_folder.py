@@ -115,7 +115,7 @@ def _write(patch: Patch, below: Checkpoint, above: Checkpoint, partial: Path) ->
     for name, file in patch.files.items():
         path = partial / _FILES / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(file.read())
+        file.copy_to(path)
     _write_tensors(partial / _TENSORS, tensors)
     (partial / _DOCUMENT).write_bytes(_rendered(document))
 

@@ -54,13 +54,15 @@ def read_template(package: str, name: str) -> str:
         ) from None
 
 
-def portable_code(template: str, literals: Mapping[str, Any]) -> bytes:
+def portable_code(template: str, literals: Mapping[str, Any], *, extra: frozenset[str] = frozenset()) -> bytes:
     """The template with every `$name` replaced by the Python literal of `literals[name]`.
 
     Args:
         template: Python with placeholders; `$` stands for nothing else in it.
         literals: None, bool, int, finite float, str of letters, digits and `_.,:/ -`, or tuples, lists and dicts
             with str keys of those.
+        extra: packages that the code may import beside those that every transformers brings, because who uses it
+            installs them.
 
     Raises:
         PluginError: a placeholder without a literal, a literal without a placeholder, a value of another kind, or code
@@ -76,7 +78,7 @@ def portable_code(template: str, literals: Mapping[str, Any]) -> bytes:
         )
         raise PluginError(fault, where=f"${name}", remedy="report it to the plugin's author")
     code = _PLACEHOLDER.sub(lambda match: _literal(literals[match[1]], match[1]), template)
-    _check_code(code)
+    _check_code(code, _IMPORTABLE | extra)
     return code.encode()
 
 
@@ -206,7 +208,7 @@ def _literal(value: Any, name: str) -> str:
     )
 
 
-def _check_code(code: str) -> None:
+def _check_code(code: str, importable: frozenset[str]) -> None:
     try:
         tree = ast.parse(code)
     except SyntaxError as error:
@@ -224,7 +226,7 @@ def _check_code(code: str) -> None:
         else:
             continue
         for name in names:
-            if name.partition(".")[0] not in _IMPORTABLE:
+            if name.partition(".")[0] not in importable:
                 raise PluginError(
                     "the rendered template is not self-contained",
                     where=f"line {node.lineno}",

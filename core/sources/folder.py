@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from regraft.core.buffers import unreadable
@@ -31,6 +31,9 @@ WEIGHT_SUFFIXES = PICKLE_SUFFIXES | {
     ".ot",
     ".tflite",
 }
+RUNTIME_MARKS = frozenset({"policy.json", "runtime.py"})
+"""Files that a folder inside a checkpoint has when it belongs to a runtime: code for whoever loads the checkpoint, and
+what it goes by. All that stands beside them is the runtime's own, tables in safetensors included."""
 _NOT_CARRIED_FOLDERS = frozenset({".git", ".cache", "__pycache__"})
 _FETCH = "fetch the checkpoint again"
 
@@ -209,7 +212,7 @@ def _assemble(folder: Path, label: str, weights: list[WeightFile], own: set[str]
 
 def side_files(folder: Path, own: set[str]) -> tuple[dict[str, FileRef], dict[str, str]]:
     """The files of `folder` that are carried over, and those left behind with the reason. Everything is carried that is
-    neither a weight nor known to be stale in the output.
+    neither a weight nor known to be stale in the output; the folder of a runtime is carried whole, pickles excepted.
 
     Args:
         folder: of the checkpoint.
@@ -217,15 +220,16 @@ def side_files(folder: Path, own: set[str]) -> tuple[dict[str, FileRef], dict[st
     """
     files: dict[str, FileRef] = {}
     left_behind: dict[str, str] = {}
-    for path in _walk(folder):
-        name = path.relative_to(folder).as_posix()
+    found = {path.relative_to(folder).as_posix(): path for path in _walk(folder)}
+    runtimes = runtime_folders(found)
+    for name, path in found.items():
         if name in own:
             continue
         if path.is_dir():
             left_behind[name] = "a link to a folder" if path.is_symlink() else "belongs to a tool, not to the model"
         elif not path.is_file():
             left_behind[name] = "is not a file, or a link that leads nowhere"
-        elif path.suffix in WEIGHT_SUFFIXES:
+        elif path.suffix in PICKLE_SUFFIXES or (path.suffix in WEIGHT_SUFFIXES and _folder_of(name) not in runtimes):
             left_behind[name] = "weights in another file or format, not rewritten"
         elif name.endswith(".index.json"):
             left_behind[name] = "index of weights that are not rewritten"
@@ -236,6 +240,19 @@ def side_files(folder: Path, own: set[str]) -> tuple[dict[str, FileRef], dict[st
         else:
             files[name] = FileRef(path)
     return files, left_behind
+
+
+def runtime_folders(names: Iterable[str]) -> frozenset[str]:
+    """The folders that belong to a runtime, by the paths of all files of a checkpoint."""
+    beside: dict[str, set[str]] = {}
+    for name in names:
+        beside.setdefault(_folder_of(name), set()).add(PurePosixPath(name).name)
+    return frozenset(folder for folder, files in beside.items() if folder and files >= RUNTIME_MARKS)
+
+
+def _folder_of(name: str) -> str:
+    """Of a path in a checkpoint; empty for a file at the top."""
+    return "/".join(PurePosixPath(name).parts[:-1])
 
 
 def _walk(folder: Path) -> Iterator[Path]:

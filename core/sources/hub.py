@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
+from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.errors import InputError
-from regraft.core.sources.folder import WEIGHT_SUFFIXES, open_folder
+from regraft.core.sources.folder import PICKLE_SUFFIXES, WEIGHT_SUFFIXES, open_folder, runtime_folders
 from regraft.core.sources.open import Reference
-
-if TYPE_CHECKING:
-    from huggingface_hub.hf_api import ModelInfo
 
 ALLOWED = (
     "*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "*.md",
@@ -76,9 +76,10 @@ def _snapshot(reference: Reference) -> tuple[Path, tuple[str, ...]]:
         info = HfApi().model_info(reference.model, revision=reference.revision, timeout=_TIMEOUT_SECONDS)
     except Exception as trouble:  # the client's exceptions differ between its versions; each gets its message
         return _from_cache(reference, request, trouble)
-    _check_weights(reference, info)
+    names = [sibling.rfilename for sibling in info.siblings or ()]
+    _check_weights(reference, names)
     try:
-        return Path(snapshot_download(**request, etag_timeout=_TIMEOUT_SECONDS)), ()
+        return Path(snapshot_download(**request | with_runtimes(names), etag_timeout=_TIMEOUT_SECONDS)), ()
     except Exception as trouble:
         raise _explained(reference, trouble) from trouble
 
@@ -97,9 +98,20 @@ def _from_cache(reference: Reference, request: dict[str, Any], trouble: Exceptio
     return snapshot, (f"the hub could not be asked for {reference.model}, so its cached snapshot was used",)
 
 
-def _check_weights(reference: Reference, info: ModelInfo) -> None:
+def with_runtimes(names: Sequence[str]) -> dict[str, list[str]]:
+    """What is fetched where the repository has folders of runtimes: these are fetched whole, but for pickles."""
+    folders = runtime_folders(names)
+    kept = [f"{escape(folder)}/*" for folder in sorted(folders)]
+    pickles = [f"{pattern}{suffix}" for pattern in kept for suffix in sorted(PICKLE_SUFFIXES)]
+    others = [
+        escape(name) for name in names
+        if any(fnmatch(name, pattern) for pattern in IGNORED) and name.rpartition("/")[0] not in folders
+    ]  # fmt: skip
+    return {"allow_patterns": [*ALLOWED, *kept], "ignore_patterns": [*others, *pickles]} if folders else {}
+
+
+def _check_weights(reference: Reference, names: Sequence[str]) -> None:
     """Refuse a repository without safetensors before anything of it is fetched."""
-    names = [sibling.rfilename for sibling in info.siblings or ()]
     if any(name.endswith(".safetensors") for name in names):
         return
     other = sorted({Path(name).suffix for name in names} & WEIGHT_SUFFIXES)

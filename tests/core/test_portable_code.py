@@ -86,6 +86,12 @@ def test_templates_that_are_refused(template: str, given_literals: dict[str, Any
         portable_code(template, given_literals)
 
 
+def test_a_package_that_the_user_installs_is_imported_if_it_is_named() -> None:
+    assert portable_code("import faiss\n", {}, extra=frozenset({"faiss"})) == b"import faiss\n"
+    with pytest.raises(PluginError, match="not self-contained"):
+        portable_code("import numpy\n", {}, extra=frozenset({"faiss"}))
+
+
 def test_a_template_that_is_not_there() -> None:
     with pytest.raises(PluginError, match="missing from the installation"):
         read_template("regraft.plugins.context_extension", "nothing.py.template")

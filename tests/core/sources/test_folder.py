@@ -193,6 +193,14 @@ def test_everything_but_weights_is_carried(tmp_path):
     assert all(checkpoint.left_behind.values())
 
 
+def test_the_folder_of_a_runtime_is_carried_whole_but_for_pickles(tmp_path):
+    own = {f"own/{name}": "x" for name in ("policy.json", "runtime.py", "rows.safetensors", "index.faiss")}
+    half = {"half/policy.json": "x", "half/rows.safetensors": "x", "own/rows.bin": "x", "policy.json": "x"}
+    checkpoint = open_folder(write_checkpoint(tmp_path, tensors(), files=own | half), label="m")
+    assert set(checkpoint.files) == {"config.json", "policy.json", "half/policy.json", *own}
+    assert set(checkpoint.left_behind) == {"half/rows.safetensors", "own/rows.bin"}
+
+
 def test_a_stale_index_beside_a_named_file_is_listed(tmp_path):
     folder = write_checkpoint(tmp_path, tensors())
     (folder / INDEX).write_text(json.dumps({"weight_map": {"x": TWO}}))
