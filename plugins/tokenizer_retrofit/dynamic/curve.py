@@ -9,7 +9,8 @@ from typing import Any
 
 from regraft.core.errors import InputError
 from regraft.plugins.tokenizer_retrofit.bits import passages
-from regraft.plugins.tokenizer_retrofit.dynamic.runtime import Merger, merge_words, parts_of
+from regraft.plugins.tokenizer_retrofit.portable.cutting import Merger, parts_of
+from regraft.plugins.tokenizer_retrofit.portable.merging import merge_words
 from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
 
 BATCHES = 8
@@ -74,9 +75,9 @@ def measure(
     merger = Merger(old.backend(), policy)
     before = 0
     steps: list[int] = []
-    drawn = _drawn(texts, batch_size * BATCHES, seed)
-    for start in range(0, len(drawn), batch_size):
-        cut = merger.cut(drawn[start : start + batch_size], special=False)
+    sample = drawn(texts, batch_size * BATCHES, seed)
+    for start in range(0, len(sample), batch_size):
+        cut = merger.cut(sample[start : start + batch_size], special=False)
         before += sum(map(len, cut))
         for group in [cut] if policy["scope"] == "batch" else [[text] for text in cut]:
             words = merger.words(map(parts_of, group))
@@ -105,7 +106,7 @@ def plot(curve: Curve, policy: Mapping[str, Any]) -> bytes:
     return line_chart(series, title=title, x="merges", y="per cent")
 
 
-def _drawn(texts: Iterable[str], count: int, seed: int) -> list[str]:
+def drawn(texts: Iterable[str], count: int, seed: int) -> list[str]:
     """Passages drawn from all of the corpus, in its order; blank ones are left out."""
     draw = Random(seed)
     kept: list[tuple[int, str]] = []

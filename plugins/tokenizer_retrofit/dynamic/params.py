@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from regraft.core.data.settings import Data
 from regraft.core.transformation import Params
+from regraft.plugins.tokenizer_retrofit.params import HypernetSettings
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -36,11 +37,13 @@ class DynamicTokenizationParams(Params):
     padding: Literal["auto", "left", "right"] = Field(
         "auto", description="auto: left for causal language models, right for the others."
     )
-    composer: Literal["mean", "table"] = Field(
+    composer: Literal["mean", "table", "hypernet"] = Field(
         "mean",
         description="Embeddings of merged tokens. mean: of the rows that spell the token. table: rows made for the "
-        "corpus's most likely merged tokens, and means for the others.",
+        "corpus's most likely merged tokens, and means for the others. hypernet: predicted by a network from the rows "
+        "that spell the token, when it is read.",
     )
+    hypernet: HypernetSettings | None = Field(None, description="hypernet: { folder, language }.")
     table_size: Count = Field(4096, description="table: most rows.")
     table_rows: Literal["blend", "focus"] = Field(
         "blend", description="table: how its rows are made; as `init` of tokenizer-retrofit."
@@ -59,6 +62,8 @@ class DynamicTokenizationParams(Params):
             raise ValueError('composer = "table" is made for a corpus: give one')
         if self.composer != "table" and {"table_size", "table_rows"} & self.model_fields_set:
             raise ValueError('table_size and table_rows are for composer = "table": leave them out')
+        if (self.composer == "hypernet") != (self.hypernet is not None):
+            raise ValueError('composer = "hypernet" and hypernet go together')
         if self.corpus is not None and self.corpus.kind not in (None, "text"):
             raise ValueError('a corpus is text: leave kind out, or set kind = "text"')
         return self

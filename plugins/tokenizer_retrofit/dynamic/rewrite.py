@@ -1,4 +1,4 @@
-"""Plan and apply: policy.json, runtime.py and, where there is one, the table; no tensor and no tokenizer changes."""
+"""Plan and apply: policy.json, runtime.py and what the composer needs; no tensor and no tokenizer changes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from regraft.core.checkpoint import Checkpoint, FileRef
 from regraft.core.data.load import check_sources
 from regraft.core.errors import TransformationError, Unsupported
 from regraft.core.patch import Outline, Patch
-from regraft.core.portable_code import portable_code, read_template
 from regraft.core.transformation import Run
 from regraft.core.verify.structure import TOKENIZER
 from regraft.plugins.tokenizer_retrofit.corpus import Corpus
+from regraft.plugins.tokenizer_retrofit.dynamic.network import carried_network, network_bytes
 from regraft.plugins.tokenizer_retrofit.dynamic.params import DynamicTokenizationParams
 from regraft.plugins.tokenizer_retrofit.dynamic.table import embeddings_of, make_table
+from regraft.plugins.tokenizer_retrofit.portable import DYNAMIC, runtime
 from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
 
 if TYPE_CHECKING:
@@ -35,6 +36,19 @@ _PROBES = ("The 12 words of 2026, it's said:\n\n\tdon't!", "Ünïcödé, naïve 
 def check(checkpoint: Checkpoint, params: DynamicTokenizationParams) -> None:
     """Refuse what headers, config and tokenizer.json show to be impossible."""
     old = TokenizerFile.of(checkpoint)
+    refuse_layers(checkpoint)
+    if params.composer != "mean":
+        embeddings_of(checkpoint, old)
+    if params.corpus is not None:
+        check_sources(params.corpus)
+
+
+def refuse_layers(checkpoint: Checkpoint) -> None:
+    """Refuse models that read ids beside embeddings.
+
+    Raises:
+        Unsupported: the model looks tokens up in every layer.
+    """
     text = checkpoint.config.get("text_config", checkpoint.config)
     if text.get("hidden_size_per_layer_input"):
         raise Unsupported(
@@ -42,19 +56,18 @@ def check(checkpoint: Checkpoint, params: DynamicTokenizationParams) -> None:
             where="config.json: hidden_size_per_layer_input", found=text["hidden_size_per_layer_input"],
             remedy="use tokenizer-retrofit on another model",
         )  # fmt: skip
-    if params.composer == "table":
-        embeddings_of(checkpoint, old)
-    if params.corpus is not None:
-        check_sources(params.corpus)
 
 
 def outline(checkpoint: Checkpoint, params: DynamicTokenizationParams) -> Outline:
     """Which files come; the policy's size and the table's are known after the run."""
-    files: dict[str, int | None] = {POLICY: None, RUNTIME: len(_runtime())}
+    files: dict[str, int | None] = {POLICY: None, RUNTIME: len(runtime(DYNAMIC))}
     memory = 0
     if params.composer == "table":
         files[TABLE] = None
         memory = 4 * checkpoint.specs[embeddings_of(checkpoint, TokenizerFile.of(checkpoint))].nbytes
+    if params.hypernet is not None:
+        files[TABLE] = None
+        memory = 2 * network_bytes(params.hypernet)
     notes = ("weights and tokenizer stay as they are",)
     return Outline(files=files, dropped=_dropped(checkpoint, params), notes=notes, workspace_bytes=memory)
 
@@ -63,23 +76,28 @@ def apply(checkpoint: Checkpoint, params: DynamicTokenizationParams, run: Run) -
     """The files, and what they do to the corpus.
 
     Raises:
-        InputError: the corpus is empty, no text, or has nothing to merge.
+        InputError: the corpus is empty, no text, or has nothing to merge; the hypernetwork is for another model.
         TransformationError: transformers cuts texts otherwise than tokenizer.json says.
     """
     old = TokenizerFile.of(checkpoint)
-    _check_cut(old, run.tokenizer(checkpoint))
+    check_cut(old, run.tokenizer(checkpoint))
     policy = _policy(checkpoint, old, params)
     made = _Measured()
     if params.corpus is not None:
         made = _measured(old, policy, params, run)
     policy |= {"merges": params.merges if params.merges is not None else made.merges, "reductions": made.reductions}
+    network: dict[str, torch.Tensor] = {}
+    if params.hypernet is not None:
+        policy["hypernet"], network = carried_network(checkpoint, old, params.hypernet)
     files = {POLICY: FileRef(data=(json.dumps(policy, indent=1, sort_keys=True) + "\n").encode()),
-             RUNTIME: FileRef(data=_runtime())}  # fmt: skip
+             RUNTIME: FileRef(data=runtime(DYNAMIC))}  # fmt: skip
     figures: dict[str, Any] = {"merges": policy["merges"], **made.figures(policy["merges"])}
     if params.composer == "table":
         table = make_table(checkpoint, old, params, run)
         files[TABLE] = FileRef(data=_safetensors(table))
         figures["table_rows"] = len(table["rows"])
+    if network:
+        files[TABLE] = FileRef(data=_safetensors(network))
     if params.corpus is not None:
         figures["corpus"] = Corpus(params.corpus).summary()
     return Patch(
@@ -147,16 +165,16 @@ def _padding(checkpoint: Checkpoint) -> str:
 
 
 def _dropped(checkpoint: Checkpoint, params: DynamicTokenizationParams) -> dict[str, str]:
-    gone = TABLE in checkpoint.files and params.composer != "table"
+    gone = TABLE in checkpoint.files and params.composer == "mean"
     return {TABLE: "the new policy has no table"} if gone else {}
 
 
-def _runtime() -> bytes:
-    return portable_code(read_template(__package__, "runtime.py"), {})
+def check_cut(old: TokenizerFile, stock: Any) -> None:
+    """The runtime reads tokenizer.json; the model has learnt from what transformers makes of it.
 
-
-def _check_cut(old: TokenizerFile, stock: Any) -> None:
-    """The runtime reads tokenizer.json; the model has learnt from what transformers makes of it."""
+    Raises:
+        TransformationError: the two cut a text in different ways.
+    """
     plain = old.backend()
     for probe in _PROBES:
         wanted, found = plain.encode(probe).ids, stock(probe)["input_ids"]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,11 +14,13 @@ from safetensors.torch import load_file
 
 from regraft.core.checkpoint import FileRef
 from regraft.core.errors import InputError, Unsupported
+from regraft.core.sources.hub import with_runtimes
 from regraft.core.sources.open import open_checkpoint
 from regraft.core.transformation import Run
 from regraft.plugins.tokenizer_retrofit.dynamic import DynamicTokenization as Step
 from regraft.plugins.tokenizer_retrofit.dynamic.params import DynamicTokenizationParams
-from tests.plugins.tokenizer_retrofit import toys
+from regraft.plugins.tokenizer_retrofit.hypernet import open_hypernet, predict
+from tests.plugins.tokenizer_retrofit import test_hypernet, toys
 from tests.running import done, regraft, tree, write_recipe
 
 PROMPTS = ["De verzekering dekt de kosten van de verzekerde", "In the beginning was the word"]
@@ -230,10 +233,77 @@ def test_gemma_scales_the_rows_of_a_table_as_its_own(folder):
     made = applied(folder, base, "gemma-tabled", merges=50, corpus="corpus.txt", composer="table", table_size=20)
     model = language_model(made)
     dynamic = runtime(made).DynamicTokenization(model)
-    token = next(iter(dynamic.composer.table))
+    table = load_file(made / "dynamic_tokenization" / "composer.safetensors")
+    token = bytes(table["bytes"][: table["ends"][0]].tolist())
     scale = float(model.get_input_embeddings().embed_scale)
     assert scale > 1
-    assert torch.allclose(dynamic.composer.rows([token])[token], dynamic.composer.table[token] * scale)
+    assert torch.allclose(dynamic.composer.rows([token])[token], table["rows"][0] * scale)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"separate_out_embeddings": True, "hn_predict_bias": True}, {"hn_concat_last_hidden_state": True},
+     {"hn_embed_lang_id": True, "n_langs": 3}],
+    ids=["tied", "separate", "concatenated", "language"],
+)  # fmt: skip
+def test_a_carried_hypernetwork_predicts_what_the_trainers_does(folder, base, tmp_path, changes):
+    separate = "separate_out_embeddings" in changes
+    settings = {"folder": str(test_hypernet.save(tmp_path / "net", **changes))}
+    if "n_langs" in changes:
+        settings["language"] = 2
+    if separate:
+        base = toys.save("llama", tmp_path / "untied", tie_word_embeddings=False)
+    made, step = tmp_path / "made", Step()
+    given = DynamicTokenizationParams.model_validate({"merges": 50, "composer": "hypernet", "hypernet": settings})
+    patch = step.apply(open_checkpoint(base), given, Run("dynamic"))
+    assert step.plan(open_checkpoint(base), given).deviations(patch) == []
+    shutil.copytree(base, made)
+    (made / "dynamic_tokenization").mkdir()
+    for name, file in patch.files.items():
+        file.copy_to(made / name)
+    model = language_model(made)
+    dynamic = runtime(made).DynamicTokenization(model)
+    batch = dynamic.encode_batch(PROMPTS)
+    merged = [(row, place - len(text), token.data) for row, text in enumerate(batch.tokens)
+              for place, token in enumerate(text) if len(token.ids) > 1]  # fmt: skip
+    spelled = [dynamic.merger.spelling.ids(data) for _, _, data in merged]
+    assert max(map(len, spelled)) > test_hypernet.CONFIG["hn_surface_maxlen"]
+    tables = [model.get_input_embeddings().weight, *([model.get_output_embeddings().weight] if separate else [])]
+    network = open_hypernet(tmp_path / "net")
+    wanted, _, _ = predict(network, spelled, torch.cat(tables, 1).detach(), settings.get("language"))
+    found = torch.stack([batch.inputs_embeds[row, place] for row, place, _ in merged])
+    torch.testing.assert_close(found, wanted)
+    if not changes:
+        assert without_regraft(made) == "1"
+
+
+def test_hypernetworks_of_other_models_are_refused(tmp_path):
+    base = toys.save("llama", tmp_path / "tied", tie_word_embeddings=True)
+    for name, changes, words in (
+        ("narrow", {"n_embd": 32}, "another model"),
+        ("separate", {"separate_out_embeddings": True}, "a head of its own"),
+        ("lingual", {"hn_embed_lang_id": True, "n_langs": 3}, "reads a language"),
+    ):
+        settings = {"folder": str(test_hypernet.save(tmp_path / name, **changes))}
+        given = DynamicTokenizationParams.model_validate({"merges": 5, "composer": "hypernet", "hypernet": settings})
+        with pytest.raises((InputError, Unsupported), match=words):
+            Step().apply(open_checkpoint(base), given, Run("dynamic"))
+
+
+def test_the_table_survives_another_rewrite_and_the_hub(folder, base, tmp_path):
+    from huggingface_hub.utils import filter_repo_objects
+
+    first = {"use": "dynamic-tokenization", "merges": 4, "corpus": "corpus.txt", "composer": "table", "table_size": 9}
+    done("apply", write_recipe(folder / "tabled-once.toml", base, first), "-o", folder / "tabled-once")
+    again = write_recipe(folder / "rewritten.toml", folder / "tabled-once", dtype="float16")
+    done("apply", again, "-o", folder / "rewritten")
+    name = "dynamic_tokenization/composer.safetensors"
+    assert (folder / "rewritten" / name).read_bytes() == (folder / "tabled-once" / name).read_bytes()
+    runtime(folder / "rewritten").DynamicTokenization(language_model(folder / "rewritten"))
+    names = [*tree(folder / "tabled-once"), "other/model.safetensors", "dynamic_tokenization/weights.bin"]
+    fetched = set(filter_repo_objects(names, **with_runtimes(names)))
+    assert {name, "dynamic_tokenization/runtime.py", "model.safetensors"} <= fetched
+    assert not fetched & {"other/model.safetensors", "dynamic_tokenization/weights.bin"}
 
 
 def test_an_encoder_pads_right_and_labels_follow_the_left_part(encoder):
@@ -309,14 +379,15 @@ def test_xlm_r_with_a_table_is_read_as_ever_without_merges(folder):
     )
 
 
-def test_the_runtime_works_in_a_process_without_regraft(decoder):
+def without_regraft(made):
+    """How many answers the runtime gives to one prompt in a process that cannot import regraft."""
     program = f"""
 import sys
 sys.modules["regraft"] = None
-sys.path.insert(0, {str(decoder / "dynamic_tokenization")!r})
+sys.path.insert(0, {str(made / "dynamic_tokenization")!r})
 from runtime import DynamicTokenization
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({str(decoder)!r})
+model = AutoModelForCausalLM.from_pretrained({str(made)!r})
 dynamic = DynamicTokenization(model)
 batch = dynamic.encode_batch(["De verzekerde"])
 print(dynamic.generate(["De verzekerde"], max_new_tokens=3, do_sample=False).shape[0], batch.token_bytes[0][1:])
@@ -325,12 +396,14 @@ print(dynamic.generate(["De verzekerde"], max_new_tokens=3, do_sample=False).sha
         [sys.executable, "-I", "-c", program], capture_output=True, text=True, timeout=120, check=False
     )
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.split(" ", 1)[0] == "1"
+    return ran.stdout.split(" ", 1)[0]
+
+
+def test_the_runtime_works_in_a_process_without_regraft(decoder):
+    assert without_regraft(decoder) == "1"
 
 
 def test_a_policy_is_refused_for_another_tokenizer(decoder, tmp_path):
-    import shutil
-
     copy = shutil.copytree(decoder, tmp_path / "copy")
     text = (copy / "tokenizer.json").read_text()
     (copy / "tokenizer.json").write_text(text + "\n")
@@ -346,6 +419,7 @@ def test_a_policy_is_refused_for_another_tokenizer(decoder, tmp_path):
         ({"reduction": 0.5}, "measured on a corpus"),
         ({"merges": 1, "composer": "table"}, "made for a corpus"),
         ({"merges": 1, "table_size": 5}, "leave them out"),
+        ({"merges": 1, "composer": "hypernet"}, "go together"),
     ],
 )
 def test_keys_that_do_not_fit_are_refused(values, words):

@@ -7,7 +7,8 @@ from operator import itemgetter
 
 import pytest
 
-from regraft.plugins.tokenizer_retrofit.dynamic.runtime import Merger, merge_words
+from regraft.plugins.tokenizer_retrofit.portable.cutting import Merger
+from regraft.plugins.tokenizer_retrofit.portable.merging import merge_words
 from regraft.plugins.tokenizer_retrofit.spell import Speller
 from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
 from tests.plugins.tokenizer_retrofit import toys
