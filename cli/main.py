@@ -100,9 +100,10 @@ def main(
         raise typer.Exit(UsageError.exit_code)
 
 
-for _module in (apply, plan, check, inspect, diff, verify, reproduce, push, generate, plugins, schema):
+for _module in (apply, plan, check, inspect, diff, verify, reproduce, push, generate, schema):
     app.command()(getattr(_module, _module.__name__.rpartition(".")[2]))
 app.command("eval")(evaluate.evaluate)
+app.add_typer(plugins.app, name="plugins")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(cache.app, name="cache")
 

@@ -17,6 +17,10 @@ of mean weights, after a second softmax.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.hookspecs import hookimpl
 from regraft.core.patch import Outline, Patch
@@ -35,6 +39,11 @@ class ContextExtension(Transformation[ContextExtensionParams]):
     )
     loads_with = "stock transformers (export remote-code, lm-infinite: transformers with trust_remote_code=True)"
     Params = ContextExtensionParams
+
+    @classmethod
+    def example(cls, checkpoint: Checkpoint, folder: Path) -> Mapping[str, Any]:
+        """Parameters for a tiny checkpoint: four times the window, by a larger rotary base."""
+        return {"method": "abf", "target_length": 4 * int(checkpoint.config.get("max_position_embeddings", 128))}
 
     def check(self, checkpoint: Checkpoint, params: ContextExtensionParams) -> None:
         """Refuse models and parameters for which there is no exact or stated way.

@@ -13,7 +13,9 @@ and the transfer of optimiser moments, belong to training and are not done here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.hookspecs import hookimpl
@@ -31,6 +33,11 @@ class Grow(WeightSpace[GrowParams]):
     summary = "Grow layers, MLP width, heads or hidden size without changing what the model computes."
     paper = "Yao et al. 2023, Masked Structural Growth, arXiv 2305.02869; FLM-101B, arXiv 2309.03852"
     Params = GrowParams
+
+    @classmethod
+    def example(cls, checkpoint: Checkpoint, folder: Path) -> Mapping[str, Any]:
+        """Parameters for a tiny checkpoint: a third more neurons in every MLP."""
+        return {"intermediate_size": int(checkpoint.config.get("intermediate_size", 96)) * 4 // 3}
 
     def patch(self, checkpoint: Checkpoint, params: GrowParams) -> Patch:
         """Lazy edits of the tensors that grow, new layers, and the new sizes in config.json.

@@ -11,8 +11,10 @@ of them; an option or a tensor that the merge would have to ignore is refused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.hookspecs import hookimpl
@@ -33,6 +35,18 @@ class LoraMerge(WeightSpace[LoraMergeParams]):
     summary = "Merge a PEFT LoRA or DoRA adapter into the weights."
     paper = "Hu et al., LoRA, arXiv 2106.09685; Liu et al., DoRA, arXiv 2402.09353"
     Params = LoraMergeParams
+
+    @classmethod
+    def example(cls, checkpoint: Checkpoint, folder: Path) -> Mapping[str, Any]:
+        """Parameters for a tiny checkpoint: a random adapter of rank 2 for o_proj of layer 0."""
+        from regraft.core.architectures import architecture_of
+        from regraft.core.testing.adapters import write_adapter
+
+        slot = architecture_of(checkpoint.config, checkpoint.specs).slot("o_proj", 0)
+        rows, columns = slot.shape[slot.row_axis], slot.shape[slot.column_axis or 0]
+        stem = f"base_model.model.{slot.tensor.removesuffix('.weight')}"
+        shapes = {f"{stem}.lora_A.weight": (2, columns), f"{stem}.lora_B.weight": (rows, 2)}
+        return {"adapter": str(write_adapter(folder / "adapter", shapes, fan_in_fan_out=slot.transposed))}
 
     def patch(self, checkpoint: Checkpoint, params: LoraMergeParams) -> Patch:
         """One lazy edit for each tensor that the adapter changes.

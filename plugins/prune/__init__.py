@@ -13,7 +13,9 @@ zeros in the weights act on every token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.hookspecs import hookimpl
@@ -31,6 +33,11 @@ class Prune(Transformation[PruneParams]):
     summary = "Zero the weights that count least, by Wanda or magnitude; one mask for several tasks, whole MLPs."
     paper = "Sun et al. 2023, Wanda, arXiv 2306.11695; Shukor and Cord 2024, arXiv 2405.16700"
     Params = PruneParams
+
+    @classmethod
+    def example(cls, checkpoint: Checkpoint, folder: Path) -> Mapping[str, Any]:
+        """Parameters for a tiny checkpoint: a quarter of the weights, by their size."""
+        return {"score": "magnitude", "sparsity": 0.25}
 
     def check(self, checkpoint: Checkpoint, params: PruneParams) -> None:
         """Refuse data that are not there.

@@ -20,7 +20,9 @@ probe's accuracy on a validation set.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.hookspecs import hookimpl
@@ -38,6 +40,17 @@ class Steer(Transformation[SteerParams]):
     summary = "Bake steering vectors, from a file or from prompts, into the biases of attention, MLP or single heads."
     paper = "Li et al. 2023, ITI, arXiv 2306.03341; EAST, arXiv 2406.00244; Yin et al. 2024, LoFiT, 2406.01563"
     Params = SteerParams
+
+    @classmethod
+    def example(cls, checkpoint: Checkpoint, folder: Path) -> Mapping[str, Any]:
+        """Parameters for a tiny checkpoint: a random vector for the MLP output of layer 0."""
+        import torch
+        from safetensors.torch import save_file
+
+        size = int(checkpoint.config["hidden_size"])
+        vector = torch.randn(size, generator=torch.Generator().manual_seed(0))
+        save_file({"layers.0.mlp_out": 0.1 * vector}, folder / "vectors.safetensors")
+        return {"vectors": str(folder / "vectors.safetensors")}
 
     def check(self, checkpoint: Checkpoint, params: SteerParams) -> None:
         """Refuse prompts that are not there.

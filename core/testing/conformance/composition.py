@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from regraft.core.errors import RegraftError
+from regraft.core.errors import RegraftError, UsageError
 from regraft.core.plan import BASE_CARD
 from regraft.core.sources import open_checkpoint
 from regraft.core.sources.folder import CARD, LOCK
 from regraft.core.testing.checkpoints import tree
 from regraft.core.testing.conformance.check import NotApplicable, demand, named
-from regraft.core.testing.conformance.neighbours import neighbour
 from regraft.core.testing.conformance.subject import Subject, refuses_well
-from regraft.core.testing.running import apply_recipe
+from regraft.core.testing.running import apply_recipe, host_of
 
 Steps = tuple[Mapping[str, Any], ...]
 
@@ -46,7 +45,7 @@ def _compose(subject: Subject, *, first: bool) -> None:
             continue
         inputs = subject.place("inputs")
         inputs.mkdir(parents=True)
-        other = neighbour(name, open_checkpoint(str(case.base)), inputs)
+        other = _neighbour(name, case.base, inputs)
         steps: Steps = (subject.step(case), other) if first else (other, subject.step(case))
         if (fused := _applied(subject, case.base, steps)) is None:
             refused.append(name)
@@ -60,6 +59,19 @@ def _compose(subject: Subject, *, first: bool) -> None:
               remedy="read tensors through the checkpoint that the step is given, and plan from its specs")  # fmt: skip
     if len(refused) == len([name for name in subject.neighbours if name != subject.kind.name]):
         raise NotApplicable(f"refused beside {', '.join(refused)}" if refused else "no neighbours are named")
+
+
+def _neighbour(name: str, base: Path, inputs: Path) -> dict[str, Any]:
+    """The step `name` with its example parameters for `base`.
+
+    Raises:
+        UsageError: no such transformation is installed.
+    """
+    installed = host_of().transformations()
+    if name not in installed:
+        raise UsageError("no such neighbour", where="neighbours", found=name,
+                         expected=f"one of {', '.join(sorted(installed))}", remedy="name one of these")  # fmt: skip
+    return {"use": name, "id": "neighbour", **installed[name].example(open_checkpoint(str(base)), inputs)}
 
 
 def _applied(subject: Subject, base: Path, steps: Steps) -> Path | None:

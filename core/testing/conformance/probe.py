@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import random
 import resource
 import sys
 import tempfile
@@ -40,8 +41,10 @@ def main() -> None:
     jobs = json.loads(Path(sys.argv[1]).read_text())
     sys.dont_write_bytecode = True
     found: list[dict[str, Any]] = [{} for _ in jobs]
+    _prepare()
     for job, facts in zip(jobs, found, strict=True):
-        facts["light"] = forked(partial(plan, job))
+        if job["light"]:
+            facts["light"] = forked(partial(plan, job))
     import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -50,6 +53,14 @@ def main() -> None:
         if job["large"]:
             facts["memory"] = forked(partial(measure, job))
     print(json.dumps(found))
+
+
+def _prepare() -> None:
+    """Import what every job needs of regraft, which is light itself, so that no fork has to."""
+    import regraft.core.execute  # noqa: F401
+    from regraft.core.testing.running import host_of
+
+    host_of().transformations()
 
 
 def forked(work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
@@ -94,11 +105,33 @@ def apply(job: Mapping[str, Any]) -> dict[str, Any]:
 
     kind, watched = _kind(job), _watched(Path(job["scratch"]))
     threads, outputs = int(os.environ["OMP_NUM_THREADS"]), Path(job["outputs"])
+    before = settings()
     with audited([outputs, Path(job["scratch"]) / "caches", Path(job["scratch"]) / "TMPDIR", Path("/dev")]) as written:
         for name, base in job["bases"].items():
             apply_recipe(base["base"], _step(base, kind), to=outputs / name, threads=threads)
+    after = settings()
     left = [str(path) for folder in watched for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {"written": sorted(written), "left": [Path(path).name for path in left]}
+    changed = [name for name in before if before[name] != after[name]]
+    return {"written": sorted(written), "left": [Path(path).name for path in left], "changed": changed}
+
+
+def settings() -> dict[str, Any]:
+    """What a step could change of the process, and should not."""
+    import numpy
+    import torch
+
+    return {
+        "current folder": Path.cwd(),
+        "environment": dict(os.environ),
+        "random": random.getstate(),
+        "numpy.random": str(numpy.random.get_state()),
+        "torch generator": bytes(torch.get_rng_state().numpy().data),
+        "torch threads": torch.get_num_threads(),
+        "torch default dtype": torch.get_default_dtype(),
+        "torch default device": torch.get_default_device(),
+        "torch deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "torch gradients": torch.is_grad_enabled(),
+    }
 
 
 def measure(job: Mapping[str, Any]) -> dict[str, Any]:

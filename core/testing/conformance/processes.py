@@ -90,7 +90,7 @@ def _start(subjects: Sequence[Subject], index: int) -> tuple[subprocess.Popen[st
     }  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-m", "regraft.core.testing.conformance.probe", str(file)],
-        env={**os.environ, **variables},
+        env={**subjects[0].environment, **variables},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -128,6 +128,7 @@ def _job(subject: Subject, index: int) -> dict[str, Any]:
         "bases": {family: _plain(subject.case(family)) for family in subject.families},
         "outputs": str(outputs),
         "scratch": str(subject.place("scratch")),
+        "light": index == 0,
         "large": _large(subject) if index == 0 else None,
     }
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
 from typing import Any
 
 from regraft.core.sources import open_checkpoint
 from regraft.core.testing.checkpoints import read_tensors, same_bits
 from regraft.core.testing.conformance.check import demand, named
+from regraft.core.testing.conformance.processes import probed
 from regraft.core.testing.conformance.subject import Case, Subject
 from regraft.core.transformation import Run
 
@@ -37,31 +37,10 @@ def takes_its_seed_from_the_run(subject: Subject) -> None:
 
 def leaves_the_process_alone(subject: Subject) -> None:
     """After a step the current folder, the environment, and torch's settings and generators are what they were."""
-    subject.applied()
-    before = _settings()
-    subject.apply(subject.case())
-    after = _settings()
-    changed = [name for name in before if before[name] != after[name]]
-    demand(not changed, "the step has changed settings of the process", found=named(changed),
-           remedy="change no global settings: later steps run in the same process")  # fmt: skip
-
-
-def _settings() -> dict[str, Any]:
-    import numpy
-    import torch
-
-    return {
-        "current folder": os.getcwd(),  # noqa: PTH109
-        "environment": dict(os.environ),
-        "random": random.getstate(),
-        "numpy.random": str(numpy.random.get_state()),
-        "torch generator": bytes(torch.get_rng_state().numpy().data),
-        "torch threads": torch.get_num_threads(),
-        "torch default dtype": torch.get_default_dtype(),
-        "torch default device": torch.get_default_device(),
-        "torch deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
-        "torch gradients": torch.is_grad_enabled(),
-    }
+    for one in probed(subject):
+        changed = one.part("applied")["changed"]
+        demand(not changed, "the step has changed settings of the process", found=named(changed),
+               remedy="change no global settings: later steps run in the same process")  # fmt: skip
 
 
 def keeps_nothing_between_steps(subject: Subject) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -81,6 +82,7 @@ class Subject:
         self._cases: dict[tuple[Any, ...], Case] = {}
         self._applied: dict[tuple[Any, ...], Applied] = {}
         self._count = 0
+        self.environment = dict(os.environ)
         self.probes: tuple[Probe, Probe] | None = None
 
     @cached_property
