@@ -16,6 +16,9 @@ OUTSIDE = -1
 EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
+_OTHER_HEADS = ("ForTokenClassification", "ForSequenceClassification", "ForQuestionAnswering")
+
+
 @dataclass(frozen=True)
 class Layout:
     """How one checkpoint stores the parts of its family.
@@ -39,10 +42,16 @@ class Layout:
 
     @cached_property
     def headless(self) -> bool:
-        """Whether this is a base model's checkpoint, with no output head at all."""
-        if not self.stored or self.prefix or self.tied:
+        """Whether there is no head over the vocabulary: a base model's checkpoint, or a classifier's."""
+        if not self.stored or self.tied or (self.prefix and not self._classifies):
             return False
         return not any(self.name(part) in self.stored for part in self.parts_of("lm_head"))
+
+    @property
+    def _classifies(self) -> bool:
+        """Whether the config names a class with another head, such as LlamaForSequenceClassification."""
+        names = self.settings.get("architectures")
+        return isinstance(names, list) and any(str(name).endswith(_OTHER_HEADS) for name in names)
 
     def size(self, size: Size) -> int:
         """A size of the family as a number.

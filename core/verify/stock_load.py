@@ -4,6 +4,7 @@ Usage: python -I stock_load.py FOLDER load|forward 0|1   (the last: whether the 
 """
 
 import json
+import pathlib
 import sys
 import warnings
 from typing import Any
@@ -11,13 +12,24 @@ from typing import Any
 
 def load(folder: str, trust: bool) -> tuple[Any, dict[str, Any]]:
     """The model, and the keys that its class misses, does not know, or finds in another shape."""
-    from transformers import AutoModelForCausalLM
-
     options = {"trust_remote_code": True} if trust else {}
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True, **options)
+    kind = auto_class(folder)
+    model, info = kind.from_pretrained(folder, dtype="auto", output_loading_info=True, **options)
     return model, {
         key: sorted(map(str, info.get(key) or ())) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
     }
+
+
+def auto_class(folder: str) -> Any:
+    """The auto class of the head that config.json names: a language model's, or a classifier's."""
+    import transformers
+
+    config = json.loads((pathlib.Path(folder) / "config.json").read_text())
+    for name in config.get("architectures") or ():
+        for head in ("ForTokenClassification", "ForSequenceClassification", "ForQuestionAnswering"):
+            if name.endswith(head):
+                return getattr(transformers, f"AutoModel{head}")
+    return transformers.AutoModelForCausalLM
 
 
 def forward(model: Any) -> dict[str, Any]:

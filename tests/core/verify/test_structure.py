@@ -7,9 +7,10 @@ import pytest
 from regraft.core.errors import InputError, VerificationError
 from regraft.core.sources import open_checkpoint
 from regraft.core.verify import Finding, check_structure, raise_findings, same_vocabulary
+from regraft.core.verify.load import verify_load
 from regraft.core.verify.structure import token_ids
 from tests.checkpoints import read_all, write_checkpoint
-from tests.families import FAMILIES, save_tiny
+from tests.families import CONFIGS, FAMILIES, save_tiny
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -102,6 +103,21 @@ def test_an_untied_config_without_a_head(remade):
     (found,) = check_structure(remade(lambda tensors: tensors.pop(HEAD)))
     assert found.fatal
     assert HEAD in found.where
+
+
+@pytest.mark.parametrize("task", ["SequenceClassification", "TokenClassification"])
+def test_a_classifier_needs_no_head_over_the_vocabulary(task, tmp_path):
+    import transformers
+
+    stock = getattr(transformers, f"LlamaFor{task}")
+    config = transformers.AutoConfig.for_model("llama", **{**CONFIGS["llama"], "num_labels": 3})
+    stock(config).save_pretrained(tmp_path)
+    (finding,) = check_structure(open_checkpoint(str(tmp_path)))
+    assert not finding.fatal
+    assert "score.weight" in finding.found
+    report = verify_load(tmp_path, "forward", trust=False)
+    assert report["class"] == f"LlamaFor{task}"
+    assert report["finite"]
 
 
 def test_the_head_of_gpt_neox_has_another_name(tiny_folder, tmp_path):
