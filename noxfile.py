@@ -39,6 +39,17 @@ def tests(session):
 
 
 @nox.session
+def examples(session):
+    """Install the packages of examples/ as a user would, and run their tests: the conformance suite among them."""
+    install(session)
+    packages = sorted(str(path.parent) for path in Path("examples").glob("*/pyproject.toml"))
+    session.install("-q", "-c", "constraints.txt", *packages, "pytest>=8.2")
+    for package in packages:
+        with session.chdir(package):
+            session.run("pytest", "-q", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
 def lint(session):
     """Formatting, lint rules, import contracts, and the schemas of the workflows and of action.yml."""
     install(session, "lint")
