@@ -29,7 +29,6 @@ _SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size",
     "patch_size", "hidden_act", "layer_norm_eps", "attention_dropout", "vision_use_head",
 )  # fmt: skip
-_SIDE = 64
 
 
 def eye_tensors(tower: Tower) -> dict[str, LazyTensor]:
@@ -61,20 +60,3 @@ def processor_files(tower: Tower) -> dict[str, FileRef]:
 def replaced_files(checkpoint: Checkpoint) -> Mapping[str, str]:
     """Files of the language model that would keep `AutoProcessor` from the new one."""
     return {WHOLE: "the output's processor is that of the vision encoder"} if WHOLE in checkpoint.files else {}
-
-
-def try_eyes(tower: Tower, device: str) -> None:
-    """Look at a grey picture, so that what is written is known to see.
-
-    Raises:
-        InputError: weights, config and image processor do not fit together, or there are weights that no class has.
-        ResourceError: out of memory.
-    """
-    from PIL import Image
-
-    encoder = tower.load(device)
-    known = {name.removeprefix("vision_model.") for name in encoder.model.state_dict()}
-    if stray := [name for name in tower.weights if name not in known]:
-        raise InputError("the vision encoder's weights do not fit its config", where=f"{tower.label}: {stray[0]}",
-                         expected="no such tensor", remedy="fetch the encoder again")  # fmt: skip
-    encoder.see([Image.new("RGB", (_SIDE, _SIDE), "gray")])

@@ -16,7 +16,6 @@ from regraft.core.specs import TensorSpec
 from regraft.core.tensors import LazyTensor, MemoryTensor, PromisedTensor
 from regraft.core.transformation import Run
 from regraft.plugins.vlora.attach import attached
-from regraft.plugins.vlora.eyes import try_eyes
 from regraft.plugins.vlora.features import Sight, eyes_of, sight_of
 from regraft.plugins.vlora.folder import GeneratorFolder, open_generator
 from regraft.plugins.vlora.params import VloraParams
@@ -145,9 +144,8 @@ def outline(checkpoint: Checkpoint, params: VloraParams) -> Outline:
     """What the step changes, exactly. Raises as `Aim.of`."""
     aim = Aim.of(checkpoint, params)
     if aim.sight is None:
-        size = 0 if aim.eyes is None else aim.eyes.nbytes
         shape = Outline.of(_attached(checkpoint, aim, params, planned=True))
-        return replace(shape, notes=aim.notes, form=aim.form, workspace_bytes=size)
+        return replace(shape, notes=aim.notes, form=aim.form)
     shape = Outline.of(_patch(checkpoint, aim, None))
     factors = sum(place.total_rank * sum(place.spec.shape) for place in aim.places)
     size = _FP32 * (aim.settings.num_parameters + factors) + aim.sight.workspace_bytes
@@ -167,8 +165,7 @@ def apply(checkpoint: Checkpoint, params: VloraParams, run: Run) -> Patch:
     if aim.sight is None:
         patch = _attached(checkpoint, aim, params, planned=False)
         if aim.eyes is not None:
-            run.tell("trying the vision encoder")
-            try_eyes(aim.eyes, run.device)
+            aim.eyes.rehearse()
         return replace(patch, notes=aim.notes, metrics=metrics(aim, []))
     pairs = _pairs(_folder(checkpoint, params), aim, aim.sight, run)
     patch = _patch(checkpoint, aim, pairs)

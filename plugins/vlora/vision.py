@@ -6,7 +6,8 @@ Opening an encoder reads its config and headers; torch and transformers come wit
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ _BUFFER = "embeddings.position_ids"
 """What earlier releases of transformers wrote beside the weights: 0, 1, 2, ..."""
 _LAYER = re.compile(r"encoder\.layers\.(\d+)\.layer_norm1\.weight")
 _FP32 = 4
+_SIDE = 64
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,26 @@ class Tower:
                 model = _model(self).to(device)
         return Encoder(self, model, processor)
 
+    def rehearse(self) -> None:
+        """Look at a grey picture by shapes alone: whether weights, config and processor fit together. Reads no weight.
+
+        Raises:
+            InputError: they do not, or there are weights that the class does not know.
+        """
+        from PIL import Image
+
+        from regraft.core.training.model import quiet, side_folder
+
+        with side_folder(self.checkpoint) as folder, quiet():
+            processor = _processor(self.checkpoint, folder)
+            with _building(self):
+                model = _empty(self)
+        known = set(_stored(self, model).values())
+        for name, stored in _own(self.checkpoint).items():
+            if stored not in known:
+                raise _unfitting(self, name, "no such tensor", self.checkpoint.specs[stored])
+        Encoder(self, model, processor).hidden_states([Image.new("RGB", (_SIDE, _SIDE), "gray")])
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -120,24 +142,31 @@ class Encoder:
         """Features [N, patches, width] of N RGB images.
 
         Raises:
-            InputError: the processor makes pixels that the encoder does not take, or features are not finite.
+            InputError: as `hidden_states`, or features are not finite.
+        """
+        features: torch.Tensor = self.hidden_states(images)[self.tower.select_layer][:, self.tower.leading :]
+        if not features.isfinite().all():
+            raise InputError("the encoder's features are NaN or infinite", where=self.tower.label,
+                             remedy="its weights are damaged: fetch it again")  # fmt: skip
+        return features
+
+    def hidden_states(self, images: list[Any]) -> Any:
+        """The embeddings of N RGB images, and the output of each layer.
+
+        Raises:
+            InputError: the processor makes pixels that the encoder does not take.
         """
         import torch
 
         try:
             pixels = self.processor(images, return_tensors="pt")["pixel_values"]
             with torch.no_grad():
-                states = self.model(pixels.to(self.model.device), output_hidden_states=True).hidden_states
+                return self.model(pixels.to(self.model.device), output_hidden_states=True).hidden_states
         except (ValueError, RuntimeError) as error:
             raise InputError(
                 "the image processor does not fit the encoder", where=f"{self.tower.label}: {PROCESSOR}",
                 found=_first_line(error), remedy="take both from one checkpoint",
             ) from None  # fmt: skip
-        features: torch.Tensor = states[self.tower.select_layer][:, self.tower.leading :]
-        if not torch.isfinite(features).all():
-            raise InputError("the encoder's features are NaN or infinite", where=self.tower.label,
-                             remedy="its weights are damaged: fetch it again")  # fmt: skip
-        return features
 
 
 def open_tower(reference: str, *, select_layer: int = -2) -> Tower:
@@ -184,37 +213,54 @@ def _own(checkpoint: Checkpoint) -> dict[str, str]:
 
 def _model(tower: Tower) -> Any:
     import torch
-    import transformers
 
-    checkpoint = tower.checkpoint
-    config_class, model_class = (getattr(transformers, name) for name in _KINDS[checkpoint.config["model_type"]])
-    try:
-        config = config_class.from_dict(dict(tower.config))
-        with torch.device("meta"):
-            wanted = model_class(config).state_dict()
-        state = _state(checkpoint, wanted)
-        model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
-    except (RegraftError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # transformers raises what it likes here
-        raise InputError("transformers does not build the vision encoder", where=f"{checkpoint.label}: {CONFIG}",
-                         found=_first_line(error), remedy="fetch the encoder again") from None  # fmt: skip
+    with _building(tower):
+        wanted = _empty(tower)
+        state = {name: tower.checkpoint.load(stored).float() for name, stored in _stored(tower, wanted).items()}
+        model = type(wanted).from_pretrained(None, config=wanted.config, state_dict=state, dtype=torch.float32)
     return model.requires_grad_(False).eval()
 
 
-def _state(checkpoint: Checkpoint, wanted: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights that the class wants, under its own names, which differ between releases of transformers."""
-    own = _own(checkpoint)
-    state: dict[str, torch.Tensor] = {}
-    for name, expected in wanted.items():
-        stored = own.get(name.removeprefix(_PREFIX))
-        spec = None if stored is None else checkpoint.specs[stored]
-        if stored is None or spec is None or spec.shape != tuple(expected.shape) or spec.dtype not in FLOAT_CODES:
-            raise InputError("the vision encoder's weights do not fit its config", where=f"{checkpoint.label}: {name}",
-                             expected=list(expected.shape), found=spec or "no such tensor",
-                             remedy="fetch the encoder again")  # fmt: skip
-        state[name] = checkpoint.load(stored).float()
-    return state
+def _empty(tower: Tower) -> Any:
+    """The model on the meta device, without values."""
+    import torch
+    import transformers
+
+    config_class, model_class = (getattr(transformers, name) for name in _KINDS[tower.checkpoint.config["model_type"]])
+    with torch.device("meta"):
+        return model_class(config_class.from_dict(dict(tower.config))).eval()
+
+
+@contextmanager
+def _building(tower: Tower) -> Iterator[None]:
+    import torch
+
+    try:
+        yield
+    except (RegraftError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers raises what it likes here
+        raise InputError("transformers does not build the vision encoder", where=f"{tower.label}: {CONFIG}",
+                         found=_first_line(error), remedy="fetch the encoder again") from None  # fmt: skip
+
+
+def _stored(tower: Tower, model: Any) -> dict[str, str]:
+    """The weights that the class wants, under its own names, which differ between releases of transformers, and as they
+    are stored."""
+    own, specs = _own(tower.checkpoint), tower.checkpoint.specs
+    found: dict[str, str] = {}
+    for name, expected in model.state_dict().items():
+        stored = own.get(name.removeprefix(_PREFIX), "")
+        spec = specs.get(stored)
+        if spec is None or spec.shape != tuple(expected.shape) or spec.dtype not in FLOAT_CODES:
+            raise _unfitting(tower, name, list(expected.shape), spec or "no such tensor")
+        found[name] = stored
+    return found
+
+
+def _unfitting(tower: Tower, name: str, expected: object, found: object) -> InputError:
+    return InputError("the vision encoder's weights do not fit its config", where=f"{tower.label}: {name}",
+                      expected=expected, found=found, remedy="fetch the encoder again")  # fmt: skip
 
 
 def _processor(checkpoint: Checkpoint, folder: Path) -> Any:
