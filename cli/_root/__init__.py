@@ -43,8 +43,6 @@ _HOMES = {
         "Family",
         "Part",
         "architecture_of",
-        "bake_head_scales",
-        "bake_residual_biases",
         "embedding",
         "head",
         "linear",
@@ -54,7 +52,6 @@ _HOMES = {
     "regraft.core.errors": (
         "InputError",
         "PluginError",
-    "PromisedTensor",
         "RegraftError",
         "ResourceError",
         "TransformationError",

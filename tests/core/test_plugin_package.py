@@ -45,6 +45,20 @@ def test_every_hook_is_documented_and_has_a_test_of_its_own(name):
     assert hasattr(example, name)
 
 
+@pytest.mark.parametrize("name", HOOKS)
+def test_every_hook_stands_in_the_reference_with_its_signature(name):
+    page = (THIRD_PARTY.parents[1] / "docs" / "reference" / "hooks.md").read_text()
+    (section,) = [part for part in page.split("\n## ") if part.startswith(f"{name}\n")]
+    function = getattr(hookspecs, name)
+    assert f"def {name}{inspect.signature(function)}: ...".replace("'", "") in section
+    assert inspect.getdoc(function) in section
+
+
+def test_the_reference_has_no_other_hook():
+    page = (THIRD_PARTY.parents[1] / "docs" / "reference" / "hooks.md").read_text()
+    assert [line.removeprefix("## ") for line in page.splitlines() if line.startswith("## ")] == HOOKS
+
+
 def tensors():
     return {"a.weight": torch.randn(4, 3).bfloat16(), "b.bias": torch.randn(4)}
 
