@@ -12,7 +12,9 @@ from regraft.cli.options import Json, RecipeName, Set, Threads, validated
 
 if TYPE_CHECKING:
     from regraft.core.patch import Outline
+    from regraft.core.per_process import PerProcess
     from regraft.core.plan import Plan
+    from regraft.core.recipe.model import Recipe
     from regraft.core.verify import Finding
 
 
@@ -23,6 +25,15 @@ def plan(
     threads: Threads = 0,
     link: Annotated[bool, typer.Option("--link", help="Plan for hard links of untouched weight files.")] = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="Name every tensor that changes.")] = False,
+    world_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Show what each of so many processes under torchrun needs, on whatever machines."),
+    ] = None,
+    shape: Annotated[
+        Path | None,
+        typer.Option(help="A config.json: plan on a model of that shape in place of the base, without any weights."),
+    ] = None,
+    rate: Annotated[float, typer.Option(min=0.001, help="GB that a process writes in a second, for the time.")] = 1.0,
     as_json: Json = False,
 ) -> None:
     """Show what a recipe would do: tensors, sizes, memory, disk. Refuses what apply would refuse."""
@@ -30,24 +41,55 @@ def plan(
     from regraft.core.cache_folder import cache_folder
     from regraft.core.execute import ApplyOptions, inputs_of, prepare
     from regraft.core.host import host
+    from regraft.core.per_process import per_process
     from regraft.core.requirements import check_resources, disk_bytes
     from regraft.core.workspace import check_target
 
     parsed = validated(recipe, overrides)
-    made, findings = prepare(parsed, host(), ApplyOptions(threads=threads, link=link))
+    if shape is None:
+        made, findings = prepare(parsed, host(), ApplyOptions(threads=threads, link=link))
+    else:
+        made, findings = _plan_of_shape(parsed, shape, threads), []
     target = output or parsed.output.path
-    if target is not None:
+    if target is not None and shape is None:
         check_target(target, force=True, inputs=tuple(inputs_of(made)))
         findings += _needs_force(target)
-        check_resources(made, target, link=link)
+        if world_size is None:
+            check_resources(made, target, link=link)
     document = as_document(made, disk_bytes(made, link=link))
-    document["cached"] = kept_steps(made, cache_folder())
+    document["cached"] = kept_steps(made, cache_folder()) if shape is None else []
+    if world_size is not None:
+        document["per_process"] = _shares(per_process(made, world_size, link=link, rate=rate * 1e9))
     if as_json:
         print_json({**document, "findings": [str(finding) for finding in findings]})
         return
     for finding in findings:
         print(f"note: {finding}")
     _print(made, document, tensors=tensors)
+
+
+def _plan_of_shape(recipe: Recipe, shape: Path, threads: int) -> Plan:
+    from regraft.core.host import host
+    from regraft.core.plan import make_plan
+    from regraft.core.requirements import worker_count
+    from regraft.core.sources.shape import open_shape
+
+    plugins = host()
+    base = open_shape(shape, plugins.architectures())
+    return make_plan(recipe, base, plugins, threads=worker_count(threads))
+
+
+def _shares(needs: PerProcess) -> dict[str, Any]:
+    """What each process needs, as a JSON object."""
+    return {
+        "world_size": needs.world,
+        "memory_bytes": needs.memory_bytes,
+        "writing_memory_bytes": needs.writing_bytes,
+        "step_memory_bytes": needs.step_bytes,
+        "written_bytes": list(needs.written_bytes),
+        "bytes_per_second": needs.rate,
+        "writing_seconds": round(needs.writing_seconds, 3),
+    }
 
 
 def _needs_force(target: Path) -> list[Finding]:
@@ -115,7 +157,28 @@ def _print(made: Plan, document: dict[str, Any], *, tensors: bool) -> None:
         f"weight files {len(made.layout.files)}, other files {len(made.result.files)}; plus lock file and model card"
     )
     print(f"output: {exactly} {made.output_bytes} bytes ({human_bytes(made.output_bytes)}): {files}")
-    print(f"needs: {human_bytes(document['disk_bytes'])} of disk, at most {human_bytes(made.memory_bytes)} of memory")
+    disk = human_bytes(document["disk_bytes"])
+    if "per_process" not in document:
+        print(f"needs: {disk} of disk, at most {human_bytes(made.memory_bytes)} of memory")
+        return
+    print(f"needs: {disk} of disk, for all processes together")
+    _print_shares(document["per_process"])
+
+
+def human_seconds(seconds: float) -> str:
+    """`36 s`; a decimal below ten."""
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
+def _print_shares(needs: dict[str, Any]) -> None:
+    print(f"each of {needs['world_size']} processes: at most {human_bytes(needs['memory_bytes'])} of memory")
+    for step, nbytes in needs["step_memory_bytes"].items():
+        if nbytes:
+            print(f"  {step}: {human_bytes(nbytes)}")
+    print(f"  writing: {human_bytes(needs['writing_memory_bytes'])}")
+    written, rate = human_bytes(max(needs["written_bytes"])), human_bytes(needs["bytes_per_second"])
+    print(f"  writes at most {written}, about {human_seconds(needs['writing_seconds'])} at {rate} a second;")
+    print("  what steps read, compute and train comes on top")
 
 
 def _keys(outline: Outline, name: str) -> list[str]:

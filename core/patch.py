@@ -108,6 +108,7 @@ class Outline:
             plan assumes of them until then.
         or_nothing: whether data may decide that the step changes nothing at all, so that the patch is empty.
         workspace_bytes: host memory the step itself needs beside the writer's, at its peak.
+        shared_bytes: of `workspace_bytes`, what the processes of a run share out among them, each its part.
         scratch_bytes: disk the step itself needs beside the output, such as for its saved state.
         form: what the step would have written where `[output] format` does not say it; None leaves it to others.
         beyond_adapter: what the step does that an adapter cannot hold, in its own words, and what to set in the step
@@ -126,6 +127,7 @@ class Outline:
     undecided: Mapping[str, frozenset[str]] = field(default_factory=dict)
     or_nothing: bool = False
     workspace_bytes: int = 0
+    shared_bytes: int = 0
     scratch_bytes: int = 0
     form: Literal["adapter", "checkpoint"] | None = None
     beyond_adapter: tuple[str, str] | None = None

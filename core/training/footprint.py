@@ -35,7 +35,14 @@ def training_bytes(checkpoint: Checkpoint, trained: int | None = None, *, tokens
     hidden = config.get("hidden_size") or config.get("n_embd") or 0
     layers = config.get("num_hidden_layers") or config.get("n_layer") or 0
     activations = _ACTIVATIONS * hidden * layers * tokens * _FP32 // 2
-    return model_bytes(checkpoint) + numbers * (_FP32 + _MOMENTS + (_FP32 if ema else 0)) + activations
+    return model_bytes(checkpoint) + shared_bytes(numbers, ema=ema) + activations
+
+
+def shared_bytes(numbers: int, *, ema: bool = False) -> int:
+    """Bytes of gradients, moments and average of `numbers` that learn. Of whole parameters each process of a training
+    has its part (see `sharding`); the weights are whole in each when it loads them, and when they are gathered.
+    """
+    return numbers * (_FP32 + _MOMENTS + (_FP32 if ema else 0))
 
 
 def state_bytes(numbers: int, *, ema: bool = False) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.measures.reading import SCORES
-from regraft.core.training.footprint import model_bytes, state_bytes, training_bytes
+from regraft.core.training.footprint import model_bytes, shared_bytes, state_bytes, training_bytes
 from regraft.core.training.whole import learnable
 from regraft.plugins.context_extension.settings import TuneSettings
 
@@ -21,10 +21,18 @@ def tune_bytes(checkpoint: Checkpoint, settings: TuneSettings, target: int) -> i
     return training_bytes(checkpoint, tokens=tokens, ema=settings.ema is not None)
 
 
+def tune_shared_bytes(checkpoint: Checkpoint, settings: TuneSettings) -> int:
+    """Of `tune_bytes`, what the processes of a run share out."""
+    return shared_bytes(_learning(checkpoint), ema=settings.ema is not None)
+
+
 def tune_state_bytes(checkpoint: Checkpoint, settings: TuneSettings) -> int:
     """Disk of the saved states."""
-    numbers = sum(prod(spec.shape) for spec in learnable(checkpoint).values())
-    return state_bytes(numbers, ema=settings.ema is not None)
+    return state_bytes(_learning(checkpoint), ema=settings.ema is not None)
+
+
+def _learning(checkpoint: Checkpoint) -> int:
+    return sum(prod(spec.shape) for spec in learnable(checkpoint).values())
 
 
 def probe_bytes(checkpoint: Checkpoint, target: int) -> int:

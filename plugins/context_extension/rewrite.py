@@ -14,7 +14,7 @@ from regraft.core.jsonio import difference
 from regraft.core.patch import Outline, Patch, overlay
 from regraft.core.portable_code import CodePatch
 from regraft.core.training.whole import learnable, refuse_quantised
-from regraft.plugins.context_extension.cost import probe_bytes, tune_bytes, tune_state_bytes
+from regraft.plugins.context_extension.cost import probe_bytes, tune_bytes, tune_shared_bytes, tune_state_bytes
 from regraft.plugins.context_extension.exports import (
     check_native,
     check_remote_code,
@@ -104,18 +104,22 @@ def outline(checkpoint: Checkpoint, params: ContextExtensionParams) -> Outline:
     patch = make_patch(checkpoint, params)
     extension = Outline.of(patch)
     extended = overlay(checkpoint, patch, by="context-extension")
-    specs, notes, memory, state = dict(extension.specs), list(extension.notes), 0, 0
+    specs, notes, memory, shared, state = dict(extension.specs), list(extension.notes), 0, 0, 0
     if params.tune is not None:
         specs |= learnable(extended)
         memory, state = tune_bytes(extended, params.tune, params.target_length), tune_state_bytes(extended, params.tune)
+        shared = tune_shared_bytes(extended, params.tune)
         notes.append(
             f"fine-tunes all weights: {params.tune.epochs} epochs of batches of {params.tune.batch_size}, "
             f"lr {params.tune.lr:g}"
         )
     if params.probing is not None:
-        memory = max(memory, probe_bytes(extended, params.target_length))
+        probing = probe_bytes(extended, params.target_length)
+        memory = max(memory, probing)
+        shared = min(shared, memory - probing)  # every process probes by itself
         notes.append(f"probes the model before and after, in texts of up to {params.target_length} tokens")
-    return replace(extension, specs=specs, notes=tuple(notes), workspace_bytes=memory, scratch_bytes=state)
+    return replace(extension, specs=specs, notes=tuple(notes), workspace_bytes=memory, shared_bytes=shared,
+                   scratch_bytes=state)  # fmt: skip
 
 
 def make_patch(checkpoint: Checkpoint, params: ContextExtensionParams) -> Patch:

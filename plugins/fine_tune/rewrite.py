@@ -6,7 +6,7 @@ from regraft.core.checkpoint import Checkpoint
 from regraft.core.data.load import check_sources
 from regraft.core.errors import UsageError
 from regraft.core.patch import Outline
-from regraft.core.training.footprint import state_bytes, training_bytes
+from regraft.core.training.footprint import shared_bytes, state_bytes, training_bytes
 from regraft.core.training.whole import learnable, refuse_quantised
 from regraft.plugins.fine_tune.params import FineTuneParams
 from regraft.plugins.fine_tune.target import Target, target_of
@@ -34,6 +34,7 @@ def outline(checkpoint: Checkpoint, params: FineTuneParams) -> Outline:
         specs=target.specs,
         notes=(selected(checkpoint, target),),
         workspace_bytes=training_bytes(checkpoint, target.numbers, tokens=tokens, ema=params.ema is not None),
+        shared_bytes=0 if target.slices else shared_bytes(target.numbers, ema=params.ema is not None),
         scratch_bytes=state_bytes(target.numbers, ema=params.ema is not None),
     )
 

@@ -8,7 +8,7 @@ from regraft.core.checkpoint import Checkpoint
 from regraft.core.data.load import check_sources
 from regraft.core.errors import UsageError
 from regraft.core.patch import Outline
-from regraft.core.training.footprint import state_bytes, training_bytes
+from regraft.core.training.footprint import shared_bytes, state_bytes, training_bytes
 from regraft.core.training.whole import learnable, refuse_quantised
 from regraft.plugins.hyperfitting.params import HyperfittingParams
 
@@ -35,6 +35,7 @@ def outline(checkpoint: Checkpoint, params: HyperfittingParams) -> Outline:
             "held-out perplexity gets worse: that is what hyperfitting does",
         ),
         workspace_bytes=training_bytes(checkpoint, tokens=size * params.seq_len, ema=params.ema is not None),
+        shared_bytes=shared_bytes(numbers, ema=params.ema is not None),
         scratch_bytes=state_bytes(numbers, ema=params.ema is not None),
     )
 

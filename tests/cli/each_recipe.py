@@ -4,7 +4,8 @@
 
 Applies FOLDER/NAME.toml to FOLDER/two/NAME, recipe by recipe, and writes FOLDER/rank-R.json: by name, the exit code,
 what was printed, and the weight files that this process made. Recipes of these names meet with an accident in writing:
-`full-first` and `full-second` (no space left for that process), `unlike` (the processes hold different values).
+`full-first` and `full-second` (no space left for that process), `unlike` (the processes hold different values). In the
+end all weights of FOLDER/to-train are trained, and `training peak` is the memory that this takes.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import faulthandler
 import io
 import json
 import os
+import random
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,8 +25,13 @@ from torch.distributed.rendezvous import rendezvous
 
 from regraft.cli.main import run
 from regraft.core import output_file, processes, together, transfer, writer
+from regraft.core.data.examples import Example, ints
+from regraft.core.data.rows import Place
+from regraft.core.sources.folder import open_folder
+from regraft.core.training.model import materialise_model
 
-PATIENCE_SECONDS = 150
+TOKENS = 64
+PATIENCE_SECONDS = 240
 ACCIDENTS = {"full-first": 0, "full-second": 1, "unlike": 1}
 
 
@@ -65,12 +72,46 @@ def apply(recipe, rank, shared):
     return {"code": code, "out": out.getvalue(), "err": err.getvalue(), "made": sorted(made)}
 
 
+def training_peak(folder, rank):
+    """Bytes by which a training of all weights of the checkpoint `folder` raised this process's peak."""
+    from regraft.core.data.batches import Batches, BatchSettings
+    from regraft.core.training.head import Head
+    from regraft.core.training.loop import train
+    from regraft.core.training.objectives import CrossEntropy
+    from regraft.core.training.settings import TrainSettings
+    from regraft.core.training.weights import select
+
+    checkpoint = open_folder(folder, label="model")
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    model = materialise_model(checkpoint)
+    settings = BatchSettings(batch_size=2, epochs=2, micro_batch=1)
+    batches = Batches(examples(checkpoint, 4), settings, 0, rank, 2)
+    train(model, batches, TrainSettings(precision="float32"), CrossEntropy(Head.of(model)), select(model, None))
+    return status("VmHWM") - before
+
+
+def examples(checkpoint, count):
+    draw, size = random.Random(0), checkpoint.config["vocab_size"]
+    rows = [[draw.randrange(4, size) for _ in range(TOKENS)] for _ in range(count)]
+    return [Example(ints(row), ints(row), Place("data.jsonl", number)) for number, row in enumerate(rows, 1)]
+
+
+def status(key):
+    """Bytes of memory, of a line of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
 def main():
     """Every recipe of the folder, by name."""
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     faulthandler.dump_traceback_later(PATIENCE_SECONDS, exit=True)
     shared, _, _ = next(rendezvous("env://"))
     did = {recipe.stem: apply(recipe, rank, shared) for recipe in sorted(folder.glob("*.toml"))}
+    processes.store.cache_clear()
+    training_peak(folder / "llama", rank)  # whatever is imported and allocated once
+    did["training peak"] = training_peak(folder / "to-train", rank)
     (folder / f"rank-{rank}.json").write_text(json.dumps(did))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 NAMES = (
     "smollm2_training", "smollm2", "vlora_toy", "smollm2_vocabulary", "smollm2_eval", "smollm2_calibration",
-    "smollm2_fourier", "smollm2_vlora", "forecast",
+    "smollm2_fourier", "smollm2_vlora", "forecast", "huge",
 )  # fmt: skip
 """The longest first."""
 LIMIT = 4 * 3600
