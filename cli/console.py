@@ -12,11 +12,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from regraft.core.errors import RegraftError
+from regraft.core.report.numbers import nbytes
 
 JSON_SCHEMA = 1
 """Version of every JSON object that commands print."""
 
 INTERRUPTED = 130
+
+human_bytes = nbytes
+"""`3.48 GB`; units of a thousand."""
 
 
 def print_json(document: Mapping[str, Any]) -> None:
@@ -59,15 +63,6 @@ def interrupted(*, as_json: bool) -> int:
 def event(kind: str, **facts: Any) -> None:
     """One JSON object in one line on stderr."""
     tell(json.dumps({"schema": JSON_SCHEMA, "event": kind, **facts}, ensure_ascii=False))
-
-
-def human_bytes(count: float) -> str:
-    """`3.48 GB`; units of a thousand."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from regraft.cli.console import print_json, table
+from regraft.cli.console import event, print_json, table, tell
 from regraft.cli.options import Json, Model, Threads
 
 if TYPE_CHECKING:
+    from regraft.core.checkpoint import Checkpoint
     from regraft.core.diff import Difference, TensorChange
 
 
@@ -22,6 +24,9 @@ def diff(
     everything: Annotated[
         bool, typer.Option("--all", help="Also compare model card and lock file; name every tensor.")
     ] = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a page about it: sizes of changes by layer, keys.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare two checkpoints: tensors, config, tokenizer, files. Exit code 1 if they differ."""
@@ -30,19 +35,33 @@ def diff(
     from regraft.core.requirements import worker_count
     from regraft.core.sources import open_checkpoint
 
+    if html is not None:
+        from regraft.core.report.page import check_page_path
+
+        check_page_path(html, Path(before), Path(after))
     extra = host().sources()
     ignore = frozenset() if everything else frozenset({"README.md", "README.base.md"})
-    found = compare_checkpoints(
-        open_checkpoint(before, extra=extra),
-        open_checkpoint(after, extra=extra),
-        ignore=ignore,
-        threads=worker_count(threads),
-    )
+    sides = (open_checkpoint(before, extra=extra), open_checkpoint(after, extra=extra))
+    found = compare_checkpoints(*sides, ignore=ignore, threads=worker_count(threads))
+    if html is not None:
+        _write_page(html, found, sides, as_json=as_json)
     if as_json:
         print_json({"equal": not found, **asdict(found)})
     else:
         _print(found, limit=None if everything else 20)
     raise typer.Exit(1 if found else 0)
+
+
+def _write_page(path: Path, found: Difference, sides: tuple[Checkpoint, Checkpoint], *, as_json: bool) -> None:
+    from regraft.core.host import host
+    from regraft.core.report.differing import gather
+    from regraft.core.report.page import differing_page, save_page
+
+    save_page(differing_page(gather(found, *sides, host().architectures())), path)
+    if as_json:
+        event("wrote", path=str(path))
+    else:
+        tell(f"wrote {path}")
 
 
 def _print(found: Difference, limit: int | None) -> None:

@@ -23,6 +23,7 @@ from regraft.cli import (
     plugins,
     push,
     recipes,
+    report,
     reproduce,
     schema,
     verify,
@@ -100,7 +101,7 @@ def main(
         raise typer.Exit(UsageError.exit_code)
 
 
-for _module in (apply, plan, check, inspect, diff, verify, reproduce, push, generate, schema):
+for _module in (apply, plan, check, inspect, diff, report, verify, reproduce, push, generate, schema):
     app.command()(getattr(_module, _module.__name__.rpartition(".")[2]))
 app.command("eval")(evaluate.evaluate)
 app.add_typer(plugins.app, name="plugins")

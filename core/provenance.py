@@ -200,8 +200,8 @@ def model_card(plan: Plan, patches: Sequence[Patch], result: Checkpoint, realise
         lines += _step_section(step, patch)
     if (note := realised.note()) is not None:
         lines += ["", "## Quantised weights", "", f"- {note}"]
-    usage = _adapter_usage(plan.base) if plan.recipe.writes_adapter else _usage("auto_map" in result.config)
-    lines += ["", "## Use", "", *usage]
+    use = adapter_usage(plan.base.origin) if plan.recipe.writes_adapter else usage("auto_map" in result.config)
+    lines += ["", "## Use", "", "```python", *use, "```"]
     if BASE_CARD in result.files:
         lines += ["", f"The card of the base is in `{BASE_CARD}`; its licence applies."]
     lines += ["", f"Every digest, version and parameter is in `{LOCK}`; `regraft verify` recomputes them."]
@@ -228,15 +228,14 @@ def inherited(base: Checkpoint) -> list[str]:
     return lines
 
 
-def _adapter_usage(base: Checkpoint) -> list[str]:
-    model = base.origin.get("repo", "PATH OF THE BASE")
+def adapter_usage(origin: Mapping[str, Any]) -> list[str]:
+    """Lines of Python that load an adapter beside a base of this origin."""
+    model = origin.get("repo", "PATH OF THE BASE")
     return [
-        "```python",
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",
         f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model}", dtype="auto"), "PATH")',
-        "```",
     ]
 
 
@@ -257,13 +256,12 @@ def _step_section(step: PlannedStep, patch: Patch) -> list[str]:
     ]
 
 
-def _usage(needs_code: bool) -> list[str]:
+def usage(needs_code: bool) -> list[str]:
+    """Lines of Python that load an output; `needs_code`: its model is code of its own."""
     argument = ", trust_remote_code=True" if needs_code else ""
     return [
-        "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'model = AutoModelForCausalLM.from_pretrained("PATH"{argument})',
         'tokenizer = AutoTokenizer.from_pretrained("PATH")',
-        "```",
     ]

@@ -32,7 +32,7 @@ def test_version_is_that_of_the_package():
 
 def test_help_names_every_command():
     out = done("--help").out
-    for name in ("apply", "plan", "check", "inspect", "diff", "verify", "plugins", "recipes", "schema"):
+    for name in ("apply", "plan", "check", "inspect", "diff", "report", "verify", "plugins", "recipes", "schema"):
         assert name in out
 
 
