@@ -31,13 +31,13 @@ def check_form(document: Mapping[str, Any], label: str) -> None:
         if isinstance(entry, Mapping) and not _is_id(entry.get("id")):
             raise _fault("added_tokens", f"ids below {MAX_IDS}", entry.get("id"), label)
     if isinstance(vocab, Mapping):
-        wrong = next((index for index in vocab.values() if not _is_id(index)), None)
-        if wrong is not None:
-            raise _fault("model.vocab", f"ids below {MAX_IDS}", wrong, label)
+        for index in vocab.values():
+            if not _is_id(index):
+                raise _fault("model.vocab", f"ids below {MAX_IDS}", index, label)
     if isinstance(vocab, list):
-        piece = next((piece for piece in vocab if not _is_piece(piece)), None)
-        if piece is not None:
-            raise _fault("model.vocab", "pieces with their scores", piece, label)
+        for piece in vocab:
+            if not _is_piece(piece):
+                raise _fault("model.vocab", "pieces with their scores", piece, label)
     if merges is not None and not (isinstance(merges, list) and all(isinstance(one, str | list) for one in merges)):
         raise _fault("model.merges", "a list of pairs", merges, label)
     if not isinstance(model.get("unk_id"), int | None):

@@ -19,7 +19,7 @@ import time
 import traceback
 from pathlib import Path
 
-SECONDS_EACH, MEGABYTES, SECONDS_OF_ONE = 30, 3000, 20
+SECONDS_EACH, MEGABYTES, SECONDS_OF_ONE = 30, 3000, 60
 """Of a target by default; of memory; that one input may take."""
 
 

@@ -43,6 +43,7 @@ def changed(name, seed, keys, value):
         ("tokenizer", 0, ["added_tokens", 0, "id"], HUGE, "added_tokens"),
         ("tokenizer", 1, ["model", "vocab"], [[]], "model.vocab"),
         ("tokenizer", 1, ["model", "vocab"], [5], "model.vocab"),
+        ("tokenizer", 1, ["model", "vocab"], [None], "model.vocab"),
         ("tokenizer", 1, ["model", "vocab"], {"a": 0}, "model.vocab"),
         ("tokenizer", 1, ["model", "vocab", 0, 1], "a", "model.vocab"),
         ("tokenizer", 1, ["model", "unk_id"], [], "model.unk_id"),
