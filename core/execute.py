@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from regraft.core.cache import StepCache
 from regraft.core.checkpoint import Checkpoint, FileRef
 from regraft.core.devices import check_device, resolve_device
-from regraft.core.errors import InputError, PluginError, TransformationError, UsageError, VerificationError
+from regraft.core.errors import InputError, PluginError, TransformationError, UsageError
 from regraft.core.host import Host
 from regraft.core.jsonio import dump
 from regraft.core.layout import Layout
@@ -34,22 +34,16 @@ from regraft.core.processes import DONE, READY, Processes, processes
 from regraft.core.realised import Realised
 from regraft.core.requirements import check_resources, worker_count
 from regraft.core.saved_patches import check_patch_folders, save_patches
-from regraft.core.sources.folder import CARD, INDEX, LOCK, REPORTS, open_folder
-from regraft.core.sources.open import dequantised
+from regraft.core.sources.folder import CARD, INDEX, LOCK, REPORTS
 from regraft.core.together import write_together
 from regraft.core.transformation import Run
-from regraft.core.verify import Finding, check_structure, raise_findings, same_vocabulary
-from regraft.core.verify.adapter import check_adapter, open_adapter
+from regraft.core.verify import Finding, check_structure, raise_findings
+from regraft.core.verify.output import all_code_is_ours, verify_output
 from regraft.core.workspace import Workspace, check_target, work_folder, workspace
 from regraft.core.writer import WriteOptions, WriteReport
 
 if TYPE_CHECKING:
     from regraft.core.recipe.model import Recipe
-
-
-_OUTPUT = "the output"
-"""How messages name the checkpoint that is not yet in its place."""
-_REMEDY = "something else has changed the work folder, or the disk is failing: try again"
 
 
 @dataclass(frozen=True)
@@ -164,7 +158,7 @@ def apply(
         with resources(space.output):
             ran.realised.check(plan.recipe.output.minimum_cosine)
             _write_records(plan, ran, layout, written, space.output, device)
-        verified = verify_output(plan, ran, space.output, options, host)
+        verified = verify_output(plan, ran.patches, ran.result, space.output, options.verify, host)
         size = sum(path.stat().st_size for path in space.output.rglob("*") if path.is_file())
         if options.save_patches is not None:
             save_patches(plan, ran.patches, ran.checkpoints, options.save_patches)
@@ -273,7 +267,7 @@ def run_steps(plan: Plan, host: Host, space: Workspace, device: str, options: Ap
     cache = StepCache(plan, device, space.target, events.say, ours, strict=options.strict, wanted=options.cache)
     for index, step in enumerate(plan.steps):
         checkpoint = checkpoints[-1]
-        trust = plan.recipe.base.trust_remote_code or _all_code_is_ours(plan.steps, patches, checkpoint)
+        trust = plan.recipe.base.trust_remote_code or all_code_is_ours(plan.steps, patches, checkpoint)
         run = Run(step.id, device, plan.recipe.seed, options.strict, space.cache, events.say, trust=trust,
                   state=space.state_of(step.id), rank=ours.rank, world=ours.world)  # fmt: skip
         host.before_step(step.id, checkpoint)
@@ -363,58 +357,3 @@ def _write_records(plan: Plan, ran: StepsRun, layout: Layout, written: WriteRepo
     (output / CARD).write_bytes(model_card(plan, ran.patches, ran.result, ran.realised))
     document = lock_document(plan, ran.patches, layout, written, output, device, ran.realised)
     (output / LOCK).write_bytes(dump(document))
-
-
-def verify_output(plan: Plan, ran: StepsRun, output: Path, options: ApplyOptions, host: Host) -> str:
-    """Verify the written folder as deep as asked; returns the depth.
-
-    Raises:
-        VerificationError: it is not what it should be.
-    """
-    result = ran.result
-    try:
-        open_written = open_adapter if plan.recipe.writes_adapter else open_folder
-        written = open_written(output, label=_OUTPUT)
-    except InputError as error:
-        where = (error.where or "").replace(str(output), _OUTPUT, 1)
-        raise VerificationError(
-            f"cannot be read back: {error.message}", where=where, expected=error.expected, found=error.found,
-            remedy=_REMEDY,
-        ) from None  # fmt: skip
-    if dict(written.specs) != dict(result.specs):
-        names = [*result.specs, *written.specs]
-        name = next(name for name in names if written.specs.get(name) != result.specs.get(name))
-        raise VerificationError(
-            "the written tensors are not those of the plan", where=f"{_OUTPUT}: {name}",
-            expected=result.specs.get(name, "no such tensor"), found=written.specs.get(name, "no such tensor"),
-            remedy=_REMEDY,
-        )  # fmt: skip
-    stray = set(written.files) - set(result.files) - {CARD}
-    if stray:
-        raise VerificationError(
-            "it has files that nothing wrote", where=_OUTPUT, found=", ".join(sorted(stray)), remedy=_REMEDY
-        )
-    if plan.recipe.writes_adapter:
-        raise_findings(check_adapter(written), VerificationError)
-        return "structure"
-    vocabulary = not same_vocabulary(plan.base, result)
-    findings = check_structure(dequantised(written), host.architectures(), vocabulary=vocabulary)
-    raise_findings(findings, VerificationError)
-    depth = options.verify or plan.recipe.output.verify
-    if depth in ("load", "forward"):
-        from regraft.core.verify.load import verify_load
-
-        trust = plan.recipe.base.trust_remote_code or _all_code_is_ours(plan.steps, ran.patches, result)
-        verify_load(output, depth, trust=trust, label=_OUTPUT)  # type: ignore[arg-type]
-    return depth
-
-
-def _all_code_is_ours(steps: Sequence[PlannedStep], patches: Sequence[Patch], result: Checkpoint) -> bool:
-    """Whether every Python file of `result` comes from the templates of an installed plugin, and there is one.
-
-    A saved patch may be anybody's, and so may the base.
-    """
-    done = zip(steps, patches, strict=False)
-    ours = {name: file for step, patch in done if step.transformation.own_code for name, file in patch.files.items()}
-    code = {name: file for name, file in result.files.items() if name.endswith(".py")}
-    return bool(code) and all(ours.get(name) == file for name, file in code.items())

@@ -32,6 +32,7 @@ from regraft.core.recipe.load import recipe_from
 from regraft.core.recipe.model import Recipe
 from regraft.core.recipe.nodes import PATH_FORMATS, shape_of
 from regraft.core.recipe.references import Reference
+from regraft.core.recipe.shipped import shipped_names, shipped_path
 from regraft.core.recipe.wording import KeyPath
 from regraft.core.sources import open_checkpoint
 from regraft.core.sources.folder import CARD, LOCK
@@ -284,8 +285,17 @@ class _Located:
                     return str(named.resolve())
                 self._problems.append(f"{key}: there is no {named}")
                 return None
-        there = self._whereabouts.folder / Path(written).expanduser()
-        return str(there.resolve()) if there.exists() else None
+        for folder in self._folders():
+            if (there := folder / Path(written).expanduser()).exists():
+                return str(there.resolve())
+        return None
+
+    def _folders(self) -> Iterator[Path]:
+        """Where relative paths may start: what a shipped recipe reads is shipped beside it."""
+        yield self._whereabouts.folder
+        name = str(self._record["recipe"].get("name"))
+        if name in shipped_names():
+            yield shipped_path(name).parent
 
     def _tell_unused(self) -> None:
         if self._unused:

@@ -58,12 +58,12 @@ def test_the_same_bytes_wherever_the_inputs_are(made, tmp_path, monkeypatch):
     }
 
 
-def test_demo_and_an_adapter_output_need_no_options(workplace):
+def test_an_adapter_and_a_shipped_recipe_need_no_options(workplace):
     lora = {"use": "lora-merge", "adapter": "adapter"}
     write_adapter("adapter")
     done("apply", write_recipe(Path("r.toml"), "base", lora, path="out", format="adapter"))
     assert "reproduced" in done("reproduce", "out").out
-    done("apply", write_recipe(Path("d.toml"), "demo:tiny", {**ABF, "target_length": 8192}, path="demo"))
+    done("apply", "quickstart", "-o", "demo")
     assert done("reproduce", "demo", "--json").json["findings"] == []
 
 
