@@ -145,6 +145,7 @@ def test_a_plugin_s_commands(monkeypatch):
     monkeypatch.setattr("regraft.core.host.host", lambda: host_with(regraft_commands=commands))
     assert done("hello").out == "hello from a plugin\n"
     assert "RECIPE" in done("apply", "--help").out
+    monkeypatch.setattr("regraft.core.host.third_party_installed", lambda: False)
     assert "Greets." not in done("--help").out
     monkeypatch.setattr("regraft.core.host.third_party_installed", lambda: True)
     assert "Greets." in done("--help").out
