@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 BASE_CARD = "README.base.md"
 """Where the base's own model card goes; README.md is the output's."""
 
-_TORCH_RSS_BYTES = 320 << 20
+TORCH_RSS_BYTES = 320 << 20
+"""Of a process that has imported torch."""
 _INTERPRETER_RSS_BYTES = 64 << 20
 
 
@@ -325,12 +326,12 @@ def memory_bound(checkpoint: Checkpoint, threads: int) -> int:
         return _INTERPRETER_RSS_BYTES + threads * 2 * CHUNK_BYTES
     local = sorted((_local_bytes(tensor) for tensor in computed if tensor.row_local), reverse=True)[:threads]
     whole = max((_whole_bytes(tensor) for tensor in computed if not tensor.row_local), default=0)
-    return _TORCH_RSS_BYTES + (64 << 20) + sum(local) + whole
+    return TORCH_RSS_BYTES + (64 << 20) + sum(local) + whole
 
 
 def memory_beside_torch(plan: Plan) -> int:
     """The part of `plan.memory_bytes` that is not the interpreter with torch loaded."""
-    return plan.memory_bytes - (_TORCH_RSS_BYTES if plan.computes else 0)
+    return plan.memory_bytes - (TORCH_RSS_BYTES if plan.computes else 0)
 
 
 def _local_bytes(tensor: LazyTensor) -> int:

@@ -88,6 +88,10 @@ def test_what_is_copied_and_what_is_linked(tmp_path):
     assert set(map(len, (shape["changes"]["rewritten"], shape["changes"]["added"]))) == {0}
     linked = done("plan", recipe, "--world-size", 3, "--link", "--json").json["per_process"]
     assert linked["written_bytes"] == [0, 0, 0]
+    alone = done("plan", recipe, "--world-size", 1, "--json").json
+    assert alone["per_process"]["memory_bytes"] == alone["memory_bytes"] < linked["memory_bytes"], (
+        "torch is not imported"
+    )
 
 
 def test_the_plan_for_people(recipes):
