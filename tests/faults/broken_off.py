@@ -15,7 +15,7 @@ from tests.faults.scene import TIMEOUT_SECONDS, Scene, digests, expect, said_pla
 def kills(scene: Scene, count: int) -> str:
     """SIGKILL at random moments of runs into a new target, and every third time of runs that replace one."""
     seconds, absent, complete, left = scene.finish(), 0, 0, 0
-    for number in range(count):
+    for number in scene.rounds(count):
         replacing = number % 3 == 2
         shutil.rmtree(scene.target, ignore_errors=True)
         if replacing:
@@ -23,7 +23,7 @@ def kills(scene: Scene, count: int) -> str:
         process = scene.start("--force")
         if number % 2:  # while it writes, which is the smaller part of the time
             wait_for(scene.work.exists, process)
-            time.sleep(scene.rng.uniform(0.0, 0.4) * seconds)
+            time.sleep(scene.rng.uniform(0.0, 0.2) * seconds)
         else:
             time.sleep(scene.rng.uniform(0.1, 1.0) * seconds)
         os.killpg(process.pid, signal.SIGKILL)
@@ -32,7 +32,8 @@ def kills(scene: Scene, count: int) -> str:
         absent, complete, left = absent + (not there), complete + there, left + scene.work.exists()
     shutil.rmtree(scene.target, ignore_errors=True)
     scene.finish()  # takes over whatever the last one left
-    return f"{count} kills: {absent} left the target absent, {complete} complete; {left} left the work folder"
+    told = f"{absent} left the target absent, {complete} complete; {left} left the work folder"
+    return f"{absent + complete} of {count} kills: {told}"
 
 
 def wait_for(come: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -45,8 +46,8 @@ def wait_for(come: Callable[[], bool], process: subprocess.Popen[str]) -> None:
 def interrupts(scene: Scene, count: int) -> str:
     """Ctrl-C and SIGTERM: exit code 130 (or 0 if the run was faster), and no work folder."""
     scene.clear()
-    seconds = scene.finish()
-    for number in range(count):
+    seconds, done = scene.finish(), 0
+    for number in scene.rounds(count):
         when = f"interrupt {number}"
         shutil.rmtree(scene.target, ignore_errors=True)
         process = scene.start()
@@ -59,12 +60,14 @@ def interrupts(scene: Scene, count: int) -> str:
         expect(process.returncode in allowed, f"{when}: exit code {process.returncode}: {errors}")
         if process.returncode == 130:
             said_plainly(errors, when)
-    return f"{count} interrupts: all with the documented exit code and nothing left"
+        done += 1
+    return f"{done} of {count} interrupts: all with the documented exit code and nothing left"
 
 
 def races(scene: Scene, count: int) -> str:
     """Two runs at once: into one target one wins, the other says so or runs after it; into two both succeed."""
-    for number in range(count):
+    done = 0
+    for number in scene.rounds(count):
         scene.clear()
         both = [scene.start(), scene.start()]
         results = [(process.communicate(timeout=TIMEOUT_SECONDS)[1], process.returncode) for process in both]
@@ -73,7 +76,8 @@ def races(scene: Scene, count: int) -> str:
         said_plainly(next(errors for errors, code in results if code), f"race {number}")
         scene.check(f"race {number}", must_exist=True, work=False)
         apart(scene, number)
-    return f"{count} races into one target, each with one winner, and {count} into two targets, with the same bytes"
+        done += 1
+    return f"{done} races into one target, each with one winner, and {done} into two targets, with the same bytes"
 
 
 def apart(scene: Scene, number: int) -> None:
@@ -96,7 +100,7 @@ def trainings(scene: Scene, count: int) -> str:
     scene.clear()
     seconds, expected = scene.finish(recipe=scene.training), digests(scene.target)
     broken = resumed = 0
-    for number in range(count):
+    for number in scene.rounds(count):
         shutil.rmtree(scene.target)
         for _ in range(3):
             process = scene.start(recipe=scene.training)

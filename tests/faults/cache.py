@@ -10,20 +10,20 @@ from pathlib import Path
 
 from tests.faults import disk_calls
 from tests.faults.broken_off import unlike
-from tests.faults.disk import Due, failing
+from tests.faults.disk import failing
 from tests.faults.scene import Scene, digests, expect
 
 FOLDER = "REGRAFT_CACHE"
 
 
-def damaged(scene: Scene, stride: int, due: Due) -> str:
+def damaged(scene: Scene, stride: int) -> str:
     """Every file of an entry is removed, emptied, cut, or has a byte changed; and the folder itself is no folder."""
     folder = scene.root / "cache"
     scene.stable.add(folder.name)
     before = {name: os.environ.pop(name, None) for name in (FOLDER, "REGRAFT_CACHE_SIZE")}
     os.environ[FOLDER] = str(folder)
     try:
-        return _damaged(scene, folder, stride, due)
+        return _damaged(scene, folder, stride)
     finally:
         for name, value in before.items():
             os.environ.pop(name, None)
@@ -34,7 +34,7 @@ def damaged(scene: Scene, stride: int, due: Due) -> str:
         scene.clear()
 
 
-def _damaged(scene: Scene, folder: Path, stride: int, due: Due) -> str:
+def _damaged(scene: Scene, folder: Path, stride: int) -> str:
     arguments = ["apply", str(scene.training), "-o", str(scene.target), "--no-durable", "--set", "fine-tune.steps=2"]
     import transformers.models.llama.modeling_llama  # noqa: F401 - before the forks
 
@@ -49,7 +49,7 @@ def _damaged(scene: Scene, folder: Path, stride: int, due: Due) -> str:
     cases = [(file, name) for file in files for name in DAMAGES]
     done = 0
     for file, name in [(files[0], "nothing"), *cases[::stride]]:
-        if done and not due():
+        if done and not scene.due():
             break
         shutil.rmtree(folder)
         shutil.copytree(kept, folder)
@@ -61,7 +61,7 @@ def _damaged(scene: Scene, folder: Path, stride: int, due: Due) -> str:
         act()
         _same(scene, arguments, expected, name, hit=False)
     shutil.rmtree(kept)
-    full = _full(scene, folder, arguments, expected, due)
+    full = _full(scene, folder, arguments, expected, 4 if stride > 1 else 32)
     return f"{done} of {len(cases)} damages of {len(files)} files, 2 folders that are none, {full}: the same bytes"
 
 
@@ -117,14 +117,14 @@ def _unusable(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "a cache whose steps are a file", file_inside
 
 
-def _full(scene: Scene, folder: Path, arguments: list[str], expected: dict[str, str], due: Due) -> str:
+def _full(scene: Scene, folder: Path, arguments: list[str], expected: dict[str, str], count: int) -> str:
     """ENOSPC at calls that write into the cache: the run goes on without it."""
     shutil.rmtree(folder)
     scene.clear()
     calls = disk_calls.run(arguments).calls
     tried = 0
-    for number in range(0, len(calls), max(1, len(calls) // 8)):
-        if not due():
+    for number in range(0, len(calls), max(1, len(calls) // count)):
+        if not scene.due():
             break
         shutil.rmtree(folder, ignore_errors=True)
         scene.clear()

@@ -26,24 +26,24 @@ FULL_MINUTES, SHORT_MINUTES = 25.0, 2.5
 LARGE_MEGABYTES, SMALL_MEGABYTES = 60, 0.5
 
 
-def scenarios(short: bool, due: Callable[[], bool]) -> dict[str, Callable[[Scene, Scene], str]]:
+def scenarios(short: bool) -> dict[str, Callable[[Scene, Scene], str]]:
     """Name and what is done, with the large base where moments matter, with the small one where numbers do."""
 
     def counts(of_short: int, of_full: int) -> int:
         return of_short if short else of_full
 
     return {
-        "writes": lambda large, small: disk.every_write(small, counts(4, 1), due),
-        "reads": lambda large, small: disk.unreadable(small, counts(8, 1), due),
-        "vanishing": lambda large, small: disk.vanishing(small, counts(16, 2), due),
+        "writes": lambda large, small: disk.every_write(small, counts(6, 1)),
+        "reads": lambda large, small: disk.unreadable(small, counts(8, 1)),
+        "vanishing": lambda large, small: disk.vanishing(small, counts(24, 2)),
         "rights": lambda large, small: disk.without_rights(small),
         "small disk": lambda large, small: disk.small_disk(small),
         "clocks": lambda large, small: (
             clocks.clocks(small, kinds=["to and fro"], training=False) if short else clocks.clocks(small)
         ),
-        "cache": lambda large, small: cache.damaged(small, counts(9, 1), due),
-        "kills": lambda large, small: broken_off.kills(large, counts(6, 100)),
-        "interrupts": lambda large, small: broken_off.interrupts(large, counts(3, 20)),
+        "cache": lambda large, small: cache.damaged(small, counts(14, 1)),
+        "kills": lambda large, small: broken_off.kills(large, counts(5, 100)),
+        "interrupts": lambda large, small: broken_off.interrupts(large, counts(2, 20)),
         "races": lambda large, small: broken_off.races(large, counts(1, 8)),
         "trainings": lambda large, small: broken_off.trainings(large, counts(1, 10)),
         "torchrun": lambda large, small: torchrun.signals(large, counts(1, 12)),
@@ -60,7 +60,7 @@ def main() -> None:
     options = parser.parse_args()
     short = options.size == "short"
     end = time.monotonic() + 60 * (options.minutes or (SHORT_MINUTES if short else FULL_MINUTES))
-    chosen = {name: run for name, run in scenarios(short, lambda: time.monotonic() < end).items()
+    chosen = {name: run for name, run in scenarios(short).items()
               if not options.only or name in options.only}  # fmt: skip
     left_out = []
     os.environ["REGRAFT_CACHE_SIZE"] = "0"  # a result that is kept would hide what a run does
@@ -69,7 +69,7 @@ def main() -> None:
         scenes = []
         for name, megabytes in (("large", LARGE_MEGABYTES), ("small", SMALL_MEGABYTES)):
             Path(folder, name).mkdir()
-            scenes.append(Scene(Path(folder, name), rng, megabytes))
+            scenes.append(Scene(Path(folder, name), rng, megabytes, lambda: time.monotonic() < end))
         for name, run in chosen.items():
             if time.monotonic() > end:
                 left_out.append(name)

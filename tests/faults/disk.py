@@ -20,9 +20,6 @@ from tests.faults.scene import (
     without_roots_rights,
 )
 
-Due = Callable[[], bool]
-"""Whether there is time for one more."""
-
 
 def warm(scene: Scene) -> list[str]:
     """Import everything that a run needs, so that forks need not; gives the arguments of a run."""
@@ -43,7 +40,7 @@ def failing(code: int) -> Callable[[], None]:
     return act
 
 
-def every_write(scene: Scene, stride: int, due: Due) -> str:
+def every_write(scene: Scene, stride: int) -> str:
     """ENOSPC at every call that changes the disk, into a new target and over an old one; EIO and EDQUOT likewise."""
     arguments, told = warm(scene), []
     for code, replacing in ((errno.ENOSPC, False), (errno.ENOSPC, True), (errno.EIO, False), (errno.EDQUOT, False)):
@@ -51,13 +48,14 @@ def every_write(scene: Scene, stride: int, due: Due) -> str:
         options = [*arguments, "--force"] if replacing else arguments
         _restore(scene, old)
         calls = disk_calls.run(options).calls
-        numbers = [number for number in range(0, len(calls), stride) if due()]
-        for number in numbers:
+        done = 0
+        for number in scene.rounds(len(calls), stride):
             before = _restore(scene, old)
             when = f"{errno.errorcode[code]} at call {number} of {len(calls)}, {calls[number]}"
             judged(scene, disk_calls.run(options, number, failing(code)), number, when, before)
+            done += 1
         over = " over an old target" if replacing else ""
-        told.append(f"{errno.errorcode[code]} at {len(numbers)} of {len(calls)} calls{over}")
+        told.append(f"{errno.errorcode[code]} at {done} of {len(calls)} calls{over}")
     scene.clear()
     return "; ".join(told) + ": exit code 4, the target what it was, nothing left"
 
@@ -125,7 +123,7 @@ def small_disk(scene: Scene) -> str:
     return "refused before writing with exit code 4; and stopped with it when it fills up, nothing left"
 
 
-def vanishing(scene: Scene, stride: int, due: Due) -> str:
+def vanishing(scene: Scene, stride: int) -> str:
     """A shard of the base is removed, cut or made unreadable at every call of a run."""
     arguments = [*warm(scene), "--no-durable"]
     calls, kept = disk_calls.run(arguments).calls, scene.root.parent / "kept-base"
@@ -134,9 +132,7 @@ def vanishing(scene: Scene, stride: int, due: Due) -> str:
     refused = survived = 0
     for shard in sorted(scene.base.glob("*.safetensors")):
         for name, act in hurts(shard):
-            for number in range(0, len(calls), stride):
-                if not due():
-                    continue
+            for number in scene.rounds(len(calls), stride):
                 when = f"{shard.name} {name} at call {number} of {len(calls)}"
                 ran = disk_calls.run(arguments, number, act)
                 expect(ran.code in (0, 3), f"{when}: exit code {ran.code}: {ran.errors}")
@@ -161,19 +157,20 @@ def hurts(shard: Path) -> Iterable[tuple[str, Callable[[], None]]]:
     yield "cut by a byte", lambda: os.truncate(shard, size - 1)
 
 
-def unreadable(scene: Scene, stride: int, due: Due) -> str:
+def unreadable(scene: Scene, stride: int) -> str:
     """EIO at every read of a weight."""
     arguments = [*warm(scene), "--no-durable"]
     calls = disk_calls.run(arguments, watch=disk_calls.READS).calls
     scene.clear()
-    numbers = [number for number in range(0, len(calls), stride) if due()]
-    for number in numbers:
+    done = 0
+    for number in scene.rounds(len(calls), stride):
         when = f"EIO at read {number} of {len(calls)}"
         ran = disk_calls.run(arguments, number, failing(errno.EIO), watch=disk_calls.READS)
         expect(ran.code == 3, f"{when}: exit code {ran.code}: {ran.errors}")
         said_plainly(ran.errors, when)
         scene.check(when, must_exist=False, work=False)
-    return f"EIO at {len(numbers)} of {len(calls)} reads: exit code 3, nothing written"
+        done += 1
+    return f"EIO at {done} of {len(calls)} reads: exit code 3, nothing written"
 
 
 def without_rights(scene: Scene) -> str:

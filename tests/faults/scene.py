@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -41,10 +41,11 @@ class Scene:
         root: an empty folder.
         rng: decides the moments.
         megabytes: size of the base.
+        due: whether there is time for another accident.
     """
 
-    def __init__(self, root: Path, rng: random.Random, megabytes: float) -> None:
-        self.root, self.rng = root, rng
+    def __init__(self, root: Path, rng: random.Random, megabytes: float, due: Callable[[], bool]) -> None:
+        self.root, self.rng, self.due = root, rng, due
         self.target, self.work = root / "out", root / ".out.regraft"
         self.base = make_base(root / "base", megabytes)
         self.recipe, self.training = make_recipe(root), make_training(root)
@@ -85,6 +86,10 @@ class Scene:
         if there:
             verify(self.target, when)
         return there
+
+    def rounds(self, count: int, stride: int = 1) -> Iterator[int]:
+        """Every so many number below `count`: the first one in any case, the others as long as there is time."""
+        yield from (number for number in range(0, count, stride) if not number or self.due())
 
     def clear(self) -> None:
         """Remove the target and the work folder."""

@@ -29,7 +29,7 @@ VICTIMS: tuple[tuple[int | None, signal.Signals], ...] = (
 def signals(scene: Scene, count: int) -> str:
     """A signal at a random moment of a run of two processes, of weights and of a training in turn."""
     told: dict[str, int] = {}
-    for number in range(count):
+    for number in scene.rounds(count):
         scene.clear()
         rank, kind = VICTIMS[number % len(VICTIMS)]
         recipe = scene.training if number % 2 == 0 else scene.recipe
@@ -57,7 +57,7 @@ def signals(scene: Scene, count: int) -> str:
         told[outcome] = told.get(outcome, 0) + 1
     scene.clear()
     counts = ", ".join(f"{number} {outcome}" for outcome, number in told.items())
-    return f"{count} signals to runs of two processes: all processes ended, the target {counts}"
+    return f"{sum(told.values())} of {count} signals to runs of two processes: all processes ended, the target {counts}"
 
 
 def _ours(errors: str) -> int:
