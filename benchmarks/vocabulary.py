@@ -1,10 +1,11 @@
-"""New vocabularies: the merge learner, matching pursuit, and a whole rewrite beside mergekit-tokensurgeon.
+"""New vocabularies: merge learner, matching pursuit, search for a token, and a whole rewrite beside tokensurgeon.
 
 Usage: python benchmarks/vocabulary.py [--small] [--rounds 3] [--keep DIR] [--write docs/benchmarks.md]
 
 The corpus is the source of Python's standard library. The learner is measured beside recounting every pair after every
 merge, whose first merges are timed and the rest reckoned from them; matching pursuit beside a loop with a least-squares
-fit per round. The rewrite gives a synthetic llama of 3.5 GB the same new tokens by each tool.
+fit per round; the search for the likeliest of many tokens beside the product with all of them. The rewrite gives a
+synthetic llama of 3.5 GB the same new tokens by mergekit-tokensurgeon too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sysconfig
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 from multiprocessing import get_context
@@ -29,11 +30,18 @@ import torch
 from document import machine, write_section
 from side_by_side import PREFAULT_BYTES, VOCAB, Job, make_base, measure
 
+from regraft.plugins.tokenizer_retrofit.large.index import build_index, default_lists, likeliest
+from regraft.plugins.tokenizer_retrofit.large.index import measure as recalls
 from regraft.plugins.tokenizer_retrofit.merges import Merge, Word, learn_merges, merged
 from regraft.plugins.tokenizer_retrofit.omp import pursue
+from regraft.plugins.tokenizer_retrofit.portable.searching import CandidateHead, Index, Rows
 
 MERGES, MEGABYTES = 2048, 5
 RECOUNTED = 12
+SEARCHED = (
+    "The next token among very many, one thread, fp32, rows of 576 numbers in groups, states near rows: every row "
+    "multiplied, and an index in int8 with exact logits of 64 candidates:"
+)
 
 
 def corpus(megabytes: float) -> str:
@@ -126,6 +134,60 @@ def pursuit(small: bool) -> list[str]:
     ]
 
 
+def searched(small: bool) -> list[str]:
+    """CPU ms for the logits of one token: every row multiplied, and an index with exact logits of candidates."""
+    lines = [
+        "| rows | exact, CPU ms | index built, CPU s | lists | searched | likeliest found | CPU ms | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    return lines + (searched_rows(2_000, 64, 16, 64) if small else searched_rows(100_000, 576, 64, 256))
+
+
+def searched_rows(count: int, width: int, candidates: int, queries: int) -> list[str]:
+    """A line for each number of lists that are searched."""
+    rows, ids, lists = clustered(count, width), torch.arange(count), default_lists(count)
+    generator = torch.Generator().manual_seed(1)
+    states = rows[torch.randperm(count, generator=generator)[:queries]]
+    states = states + rows.std() / 2 * torch.randn(states.shape, generator=generator)
+
+    def vectors() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return zip(torch.split(ids, 4096), torch.split(rows, 4096), strict=True)
+
+    lines: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "index.faiss"
+        given = {"total": count, "width": width, "lists": lists, "storage": "int8", "seed": 0, "file": file}
+        built, _ = timed(lambda: build_index(vectors, **given))
+        wanted = likeliest(vectors, states)
+        whole = token_milliseconds(lambda state: (state @ rows.T).argmax(), states)
+        for recall in recalls(file, states, wanted, candidates):
+            index = Index(file, recall.probes)
+            head = CandidateHead(Rows(rows[:8], rows[8:]), None, ids[:1], index, ids, candidates)
+            spent = token_milliseconds(lambda state, head=head: head(state[None]).argmax(), states)
+            found = f"{recall.probes} | {100 * recall.first:.1f}% | {spent:.2f} | {whole / spent:.1f}"
+            lines.append(f"| {count} | {whole:.1f} | {built:.1f} | {lists} | {found} |")
+            print(lines[-1], flush=True)
+    return lines
+
+
+def clustered(count: int, width: int) -> torch.Tensor:
+    """Rows in groups, with a part that all share, as rows of a vocabulary have it."""
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.randn(max(1, count // 50), width, generator=generator)
+    own = torch.randn(count, width, generator=generator)
+    return torch.randn(width, generator=generator) + groups[torch.arange(count) % len(groups)] + own
+
+
+def token_milliseconds(work: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> float:
+    """Median CPU time of one call, a state at a time."""
+    spent = []
+    for state in states[:64].split(1):
+        started = time.process_time()
+        work(state)
+        spent.append(time.process_time() - started)
+    return 1000 * sorted(spent)[len(spent) // 2]
+
+
 def make_tokenizer(folder: Path, text: str) -> None:
     """A byte-level BPE that fills most of the rows."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -196,7 +258,7 @@ def main() -> None:
         lines = [machine("torch", "tokenizers", "mergekit"), ""]
         lines += [f"A synthetic llama, bf16, {size} GB, given {MERGES} tokens, {rounds}:", ""]
         lines += [*rewrites(root, options.rounds, options.small), "", "The merge learner on Python sources:", ""]
-        lines += [*learner(options.small), "", *pursuit(options.small)]
+        lines += [*learner(options.small), "", *pursuit(options.small), "", SEARCHED, "", *searched(options.small)]
     write_section(options.write, "Vocabularies", lines)
     print("\n".join(lines))
 

@@ -12,6 +12,7 @@ from regraft.core.hookspecs import hookimpl
 from regraft.core.patch import Outline, Patch
 from regraft.core.transformation import AnyTransformation, Run, Transformation
 from regraft.plugins.tokenizer_retrofit.dynamic import DynamicTokenization
+from regraft.plugins.tokenizer_retrofit.large import LargeVocabulary
 from regraft.plugins.tokenizer_retrofit.params import TokenizerRetrofitParams
 
 regraft_api = ">=1,<2"
@@ -52,4 +53,4 @@ class TokenizerRetrofit(Transformation[TokenizerRetrofitParams]):
 @hookimpl
 def regraft_transformations() -> Sequence[type[AnyTransformation]]:
     """The transformations of this package."""
-    return [TokenizerRetrofit, DynamicTokenization]
+    return [TokenizerRetrofit, DynamicTokenization, LargeVocabulary]

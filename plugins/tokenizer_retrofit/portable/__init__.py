@@ -16,7 +16,7 @@ from regraft.core.portable_code import portable_code, read_template
 
 _CUTTING = ("spelling", "merging", "cutting", "opening")
 DYNAMIC = (*_CUTTING, "network", "composing", "dynamic")
-
+LARGE = (*_CUTTING, "searching", "large")
 
 
 def runtime(parts: Iterable[str], *, extra: frozenset[str] = frozenset()) -> bytes:

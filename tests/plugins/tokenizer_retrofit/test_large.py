@@ -1,0 +1,381 @@
+"""`large-vocabulary`: stock weights, tokens beside them, and a search whose answers are those of the whole product."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from itertools import pairwise
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+
+from regraft.core.errors import InputError, Unsupported, UsageError
+from regraft.core.sources.open import open_checkpoint
+from regraft.core.transformation import Run
+from regraft.plugins.tokenizer_retrofit.hypernet import open_hypernet, predict
+from regraft.plugins.tokenizer_retrofit.large import LargeVocabulary as Step
+from regraft.plugins.tokenizer_retrofit.large.params import LargeVocabularyParams
+from tests.plugins.tokenizer_retrofit import test_hypernet, toys
+from tests.running import done, tree, write_recipe
+
+PROMPTS = ["De verzekering dekt de kosten van de verzekerde", "In the beginning was the word"]
+STEP = {"use": "large-vocabulary", "corpus": "corpus.txt", "size": 60, "min_count": 2, "queries": 64}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("large")
+    (root / "corpus.txt").write_text(toys.DUTCH)
+    return root
+
+
+@pytest.fixture(scope="module")
+def base(folder):
+    return toys.save("llama", folder / "base", rows=330, tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="module")
+def network(folder):
+    return test_hypernet.save(folder / "net", separate_out_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def made(folder, base, network):
+    """Rows from a random hypernetwork: its tokens are as likely as any, where means of rows never win."""
+    hypernet = {**STEP, "init": "hypernet", "lists": 8, "candidates": 4, "storage": "float32"}
+    text = write_recipe(folder / "large.toml", base, hypernet).read_text()
+    text = text.replace("[output]", f'hypernet = {{ folder = "{network}" }}\n[output]')
+    (folder / "large.toml").write_text(text)
+    done("apply", folder / "large.toml", "-o", folder / "made")
+    return folder / "made"
+
+
+@pytest.fixture(scope="module")
+def model(made):
+    from transformers import AutoModelForCausalLM
+
+    found = AutoModelForCausalLM.from_pretrained(made).eval()
+    found.generation_config.eos_token_id = None
+    return found
+
+
+@pytest.fixture(scope="module")
+def runtime(made):
+    spec = importlib.util.spec_from_file_location("runtime_of_large", made / "large_vocabulary" / "runtime.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def all_rows(made, model, name="head"):
+    """The model's own rows and the appended ones."""
+    own = (model.get_output_embeddings() if name == "head" else model.get_input_embeddings()).weight.detach()
+    return torch.cat([own, load_file(made / "large_vocabulary" / "rows.safetensors")[name]])
+
+
+def test_what_stock_transformers_reads_is_the_base(base, made):
+    old, new = tree(base), tree(made)
+    assert {name for name in old if old[name] != new[name]} == set()
+    parts = {f"large_vocabulary/{name}" for name in
+             ("index.faiss", "policy.json", "rows.safetensors", "runtime.py", "tokens.safetensors")}  # fmt: skip
+    assert parts <= set(new)
+    done("apply", write_recipe(made.parent / "again.toml", made, dtype="float16"), "-o", made.parent / "again")
+    assert {name: tree(made.parent / "again").get(name) for name in parts} == {name: new[name] for name in parts}
+
+
+def test_texts_are_the_tokenizers_tokens_joined(made, model, runtime, base):
+    large = runtime.LargeVocabulary(model)
+    tokenizer = toys.backend("byte-bpe")
+    weight = all_rows(made, model, "embeddings")
+    for prompt in [*PROMPTS, "</s> zwart\twit  12", toys.DUTCH]:
+        ids, data = large.encode(prompt)
+        native = tokenizer.encode(prompt).ids
+        assert large.lexicon.spelled(ids) == native
+        assert large.decode(ids) == tokenizer.decode(native)
+        assert b"".join(data).decode() == prompt
+    assert len(large.encode(toys.DUTCH)[0]) < 0.7 * len(tokenizer.encode(toys.DUTCH).ids)
+    batch = large.encode_batch(PROMPTS)
+    for row, ids in enumerate(batch.ids):
+        assert torch.equal(batch.inputs_embeds[row, -len(ids) :], weight[ids])
+        assert batch.attention_mask[row].sum() == len(ids)
+
+
+def plain_greedy(model, rows, inputs, prompt, steps, never):
+    """One token after the other, the whole text read anew each time, every row multiplied."""
+    ids = list(prompt)
+    for _ in range(steps):
+        with torch.no_grad():
+            state = model.base_model(inputs_embeds=inputs[ids][None]).last_hidden_state[0, -1]
+        logits = rows @ state
+        logits[never] = -torch.inf
+        ids.append(int(logits.argmax()))
+    return ids[len(prompt) :]
+
+
+def test_a_search_of_all_lists_writes_what_the_whole_product_says(made, model, runtime):
+    policy = json.loads((made / "large_vocabulary" / "policy.json").read_text())
+    everywhere = runtime.LargeVocabulary(model, probes=policy["lists"])
+    exact = runtime.LargeVocabulary(model, exact=True)
+    head, inputs = all_rows(made, model), all_rows(made, model, "embeddings")
+    assert policy["candidates"] == 4
+    assert policy["never"]
+    wanted = [
+        plain_greedy(model, head, inputs, everywhere.encode(prompt)[0], 12, policy["never"]) for prompt in PROMPTS
+    ]
+    assert any(index >= policy["rows"] for answer in wanted for index in answer)
+    assert everywhere.generate(PROMPTS, max_new_tokens=12) == wanted
+    assert exact.generate(PROMPTS, max_new_tokens=12) == wanted
+    native = model(torch.tensor([[1, 5, 9]])).logits
+    assert native.shape[-1] == policy["rows"]
+
+
+def test_the_recall_of_the_index_is_told_and_chooses_the_lists_to_search(made, model, runtime):
+    metrics = json.loads((made / "regraft.lock.json").read_text())["steps"][0]["metrics"]
+    policy = json.loads((made / "large_vocabulary" / "policy.json").read_text())
+    assert [one["probes"] for one in metrics["recall"]] == [1, 2, 4, 8]
+    assert metrics["recall"][0]["top1"] < metrics["recall"][-1]["top1"] == 1.0
+    enough = [one["probes"] for one in metrics["recall"] if one["top1"] >= 0.99]
+    assert policy["probes"] == metrics["probes"] == enough[0]
+    states = torch.randn(50, 64)
+    head = all_rows(made, model)
+    head[policy["never"]] = 0
+    for probes, share in ((1, None), (8, 1.0)):
+        found = runtime.Index(made / "large_vocabulary" / "index.faiss", probes).find(states, 4)
+        hits = (found == (states @ head.T).argmax(-1)[:, None]).any(-1).float().mean()
+        assert hits == share if share else hits < 1.0
+
+
+def test_the_end_of_a_text_is_reached_wherever_the_index_looks(made, model, runtime):
+    head = model.get_output_embeddings().weight
+    before = head.detach().clone()
+    large = runtime.LargeVocabulary(model, probes=1, candidates=1)
+    answer = large.generate(PROMPTS[:1], max_new_tokens=8)[0]
+    assert len(answer) == 8
+    try:
+        with torch.no_grad():  # far from where the index has it, so that no search of one list finds it
+            head[2] = head[2] + 100 * large.head.rows.take(torch.tensor(answer[3:4]))[0]
+        found = large.generate(PROMPTS[:1], max_new_tokens=8, eos_token_id=[2])[0]
+        assert len(found) < 8
+        assert found == answer[: len(found)]
+        assert 2 not in large.head.index.find(torch.randn(20, 64), 1)
+        with pytest.raises(ValueError, match="cannot end answers"):
+            large.generate(PROMPTS[:1], eos_token_id=[200])
+    finally:
+        with torch.no_grad():
+            head.copy_(before)
+
+
+def test_draws_come_from_the_candidates_and_follow_the_generator(made, model, runtime):
+    large = runtime.LargeVocabulary(model)
+    drawn = [
+        large.generate(PROMPTS[:1], max_new_tokens=6, temperature=5.0, generator=torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    greedy = large.generate(PROMPTS[:1], max_new_tokens=6)
+    assert large.generate(PROMPTS[:1], max_new_tokens=6, temperature=5.0, min_p=1.0) == greedy
+
+
+def test_rows_are_those_of_the_initialiser_in_whatever_batches(
+    made, model, network, base, folder, tmp_path, monkeypatch
+):
+    tensors = load_file(made / "large_vocabulary" / "tokens.safetensors")
+    ends = [0, *tensors["part_ends"].tolist()]
+    parts = [tensors["parts"][start:end].tolist() for start, end in pairwise(ends)]
+    table = torch.cat([model.get_input_embeddings().weight, model.get_output_embeddings().weight], 1).detach()
+    wanted = predict(open_hypernet(network), parts, table)
+    rows = load_file(made / "large_vocabulary" / "rows.safetensors")
+    torch.testing.assert_close(rows["embeddings"], wanted[0])
+    torch.testing.assert_close(rows["head"], wanted[1])
+    monkeypatch.setattr("regraft.plugins.tokenizer_retrofit.large.rows.ROWS_AT_ONCE", 7)
+    given = {**STEP, "corpus": str(folder / "corpus.txt")}
+    given.pop("use")
+    patch = Step().apply(open_checkpoint(base), LargeVocabularyParams.model_validate(given), Run("x", cache=tmp_path))
+    means = load_file(patch.files["large_vocabulary/rows.safetensors"].path)
+    for name, module in (("embeddings", model.get_input_embeddings()), ("head", model.get_output_embeddings())):
+        exact = torch.stack([module.weight.detach()[part].double().mean(0) for part in parts])
+        assert torch.allclose(means[name].double(), exact, atol=1e-7)
+
+
+@pytest.mark.parametrize("storage", ["float32", "float16", "int8"])
+def test_the_same_step_gives_the_same_bytes(base, folder, tmp_path, storage):
+    given = {"corpus": str(folder / "corpus.txt"), "size": 20, "min_count": 2, "queries": 16, "storage": storage}
+    made = [
+        Step().apply(open_checkpoint(base), LargeVocabularyParams.model_validate(given), Run("x", cache=cache))
+        for cache in (tmp_path / "one", tmp_path / "two", None)
+    ]
+    for name, file in made[0].files.items():
+        assert file.read() == made[1].files[name].read() == made[2].files[name].read(), name
+    assert made[0].metrics == made[1].metrics
+    checkpoint = open_checkpoint(base)
+    outline = Step().plan(checkpoint, LargeVocabularyParams.model_validate(given))
+    assert outline.deviations(made[0]) == []
+
+
+@pytest.mark.parametrize(("family", "kind"), [("gemma2", "piece-bpe"), ("gpt2", "byte-bpe"), ("qwen3", "unigram")])
+def test_families_with_caps_scales_and_tied_heads_give_their_own_logits(tmp_path, runtime, family, kind):
+    from transformers import AutoModelForCausalLM
+
+    options = {"final_logit_softcapping": 3.0} if family == "gemma2" else {}
+    base = toys.save(family, tmp_path / "base", kind=kind, **options)
+    (tmp_path / "tokens.txt").write_text("verzekerde\n verzekerde\n gezelligheid\nbeginning\n beginning\n\n the\n")
+    given = {"tokens": str(tmp_path / "tokens.txt"), "probes": 2, "lists": 4}
+    patch = Step().apply(open_checkpoint(base), LargeVocabularyParams.model_validate(given), Run("x", cache=tmp_path))
+    (base / "large_vocabulary").mkdir()
+    for name, file in patch.files.items():
+        file.copy_to(base / name)
+    assert patch.metrics["tokens"] >= 3
+    assert patch.metrics["recall"] == []
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    exact = runtime.LargeVocabulary(model, base, exact=True)
+    ids, _ = exact.encode("De verzekerde gezelligheid")
+    assert max(ids) >= exact.policy["rows"]
+    plain = exact.lexicon.spelled(ids)
+    with torch.no_grad():
+        assert torch.allclose(exact.embed(torch.tensor(plain)), model.get_input_embeddings()(torch.tensor(plain)))
+        native = model(torch.tensor([plain])).logits[:, -1]
+        with exact._candidates() as head:
+            found = model(torch.tensor([plain])).logits
+        found = head.masked(found)[:, : exact.policy["rows"]]
+    assert torch.allclose(found, native, atol=1e-5)
+    if family == "gemma2":
+        assert native.abs().max() < 3.0
+    assert len(exact.generate(["De verzekerde"], max_new_tokens=3, eos_token_id=[])[0]) == 3
+
+
+def test_without_new_tokens_the_models_own_rows_are_searched(base, folder, tmp_path, runtime):
+    from transformers import AutoModelForCausalLM
+
+    step = {"use": "large-vocabulary", "corpus": "corpus.txt", "queries": 32, "recall": 1.0}
+    done("apply", write_recipe(folder / "own.toml", base, step), "-o", folder / "own")
+    model = AutoModelForCausalLM.from_pretrained(folder / "own").eval()
+    model.generation_config.eos_token_id = None
+    large = runtime.LargeVocabulary(model, folder / "own", probes=10**6)
+    ids = torch.tensor([large.encode(PROMPTS[0])[0]])
+    native = model.generate(ids, do_sample=False, max_new_tokens=8, suppress_tokens=large.policy["never"])
+    assert large.generate(PROMPTS[:1], max_new_tokens=8) == [native[0, ids.shape[1] :].tolist()]
+
+
+def test_rows_by_the_hundred_thousand_do_not_fill_the_memory(tmp_path):
+    """100k rows of 512 numbers are 205 MB; making them may take 60."""
+    program = f"""
+import resource
+from pathlib import Path
+import torch
+from regraft.core.sources.open import open_checkpoint
+from regraft.plugins.tokenizer_retrofit.large import rows
+from regraft.plugins.tokenizer_retrofit.large.params import LargeVocabularyParams
+from regraft.plugins.tokenizer_retrofit.tables import Tables
+from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
+torch.set_num_threads(1)
+checkpoint = open_checkpoint({str(tmp_path / "base")!r})
+tables = Tables.of(checkpoint, TokenizerFile.of(checkpoint))
+params = LargeVocabularyParams(probes=1)
+few, many = ([(i % 300, i % 299, i % 7) for i in range(n)] for n in (5000, 100_000))
+path = Path({str(tmp_path)!r})
+rows.write_rows(path / "few", checkpoint, tables, few, params, print)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+rows.write_rows(path / "many", checkpoint, tables, many, params, lambda line: None)
+for piece in rows.pieces(path / "many", "embeddings"):
+    last = piece
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, float(last[-1].abs().sum()))
+"""
+    toys.save("llama", tmp_path / "base", hidden_size=512, intermediate_size=64, num_attention_heads=4, head_dim=16)
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=False)
+    assert ran.returncode == 0, ran.stderr
+    grown, last = map(float, ran.stdout.splitlines()[-1].split())
+    assert (tmp_path / "many").stat().st_size > 200e6
+    assert last > 0
+    assert grown < 60_000
+
+
+def test_the_runtime_works_in_a_process_without_regraft(made):
+    program = f"""
+import sys
+sys.modules["regraft"] = None
+sys.path.insert(0, {str(made / "large_vocabulary")!r})
+from runtime import LargeVocabulary
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(made)!r})
+large = LargeVocabulary(model)
+answers = large.generate(["De verzekerde"], max_new_tokens=3, eos_token_id=[])
+print(len(answers[0]), repr(large.decode(answers[0])))
+sys.modules["faiss"] = None
+try:
+    LargeVocabulary(model)
+except ValueError as error:
+    print(error)
+print(len(LargeVocabulary(model, exact=True).generate(["De"], max_new_tokens=2, eos_token_id=[])[0]))
+"""
+    ran = subprocess.run(
+        [sys.executable, "-I", "-c", program], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    lines = ran.stdout.splitlines()
+    assert lines[0].startswith("3 ")
+    assert "pip install faiss-cpu" in lines[1]
+    assert lines[2] == "2"
+
+
+def test_changed_weights_are_warned_about_and_missing_files_named(made, model, runtime, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(made, tmp_path / "copy")
+    rows = load_file(copy / "large_vocabulary" / "rows.safetensors")
+    save_file({**rows, "probe_rows": rows["probe_rows"] + 1}, copy / "large_vocabulary" / "rows.safetensors")
+    with pytest.warns(UserWarning, match="embeddings have changed"):
+        runtime.LargeVocabulary(model, copy)
+    (copy / "large_vocabulary" / "index.faiss").unlink()
+    save_file(rows, copy / "large_vocabulary" / "rows.safetensors")
+    with pytest.raises(ValueError, match=r"index.faiss is missing"):
+        runtime.LargeVocabulary(model, copy)
+    (copy / "large_vocabulary" / "rows.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"rows.safetensors is missing"):
+        runtime.LargeVocabulary(model, copy)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({}, "give probes"),
+        ({"size": 5, "probes": 1}, "size needs a corpus"),
+        ({"size": 5, "corpus": "c.txt", "tokens": __file__}, "size or tokens"),
+        ({"corpus": "c.txt", "init": "hypernet"}, "go together"),
+        ({"corpus": "c.txt", "probes": 3, "recall": 0.5}, "probes or recall"),
+        ({"probes": 3, "lists": 2}, "more probes than lists"),
+    ],
+)
+def test_keys_that_do_not_fit_are_refused(values, words):
+    with pytest.raises(ValidationError, match=words):
+        LargeVocabularyParams.model_validate(values)
+
+
+def test_what_cannot_be_done_is_said_by_name(base, folder, tmp_path, monkeypatch):
+    def refused(kind, words, where=base, **values):
+        step, checkpoint = Step(), open_checkpoint(where)
+        given = LargeVocabularyParams.model_validate(values)
+        with pytest.raises(kind, match=words):
+            step.check(checkpoint, given) or step.apply(checkpoint, given, Run("x", cache=tmp_path / words[:5]))
+
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "old.txt").write_text("the\n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    refused(InputError, "no text", corpus=str(tmp_path / "empty.txt"), size=9)
+    refused(InputError, "no new token", tokens=str(tmp_path / "empty.txt"), probes=1)
+    refused(InputError, "no UTF-8 text", tokens=str(tmp_path / "binary.txt"), probes=1)
+    refused(UsageError, "fewer rows than lists", corpus=str(folder / "corpus.txt"), lists=10**6)
+    narrow = {"folder": str(test_hypernet.save(tmp_path / "narrow", n_embd=32, separate_out_embeddings=True))}
+    listed = {"tokens": str(folder / "words.txt"), "probes": 1, "init": "hypernet"}
+    (folder / "words.txt").write_text("verzekerde\n")
+    refused(InputError, "made for another model", hypernet=narrow, **listed)
+    tied = {"folder": str(test_hypernet.save(tmp_path / "tied"))}
+    refused(Unsupported, "another kind of head", hypernet=tied, **listed)
+    monkeypatch.setattr(
+        "regraft.plugins.tokenizer_retrofit.large.library.find_spec",
+        lambda name: None if name == "faiss" else find_spec(name),
+    )
+    refused(UsageError, r"(?s)needs faiss.*regraft\[faiss\]", corpus=str(folder / "corpus.txt"), size=9)
