@@ -137,6 +137,25 @@ def test_other_logits_of_kept_tokens_fail_the_step(tmp_path, corpus, vocabulary)
         said.check(model)
 
 
+def test_a_model_that_writes_padding_rows_fails_the_step(tmp_path, corpus):
+    folder = toys.save("llama", tmp_path / "base", tie_word_embeddings=False)
+    checkpoint, after, _ = toys.retrofit(folder, corpus, pad_to_multiple_of=64)
+    file, run = TokenizerFile.of(after), Run("x")
+    padding = after.config["vocab_size"] - 1
+    assert padding not in file.tokens
+    origins = [Origin(kept=0) if index == 0 else Origin() for index in range(after.config["vocab_size"])]
+    said = KeptLogits.of(run.model(checkpoint), TokenizerFile.of(checkpoint), NewVocabulary(file, origins))
+    model = run.model(after)
+    said.check(model)
+    model.generation_config.suppress_tokens = None
+    head = torch.nn.Linear(*reversed(model.lm_head.weight.shape))
+    torch.nn.init.zeros_(head.weight)
+    head.bias.data.zero_()[padding] = 1
+    model.lm_head = head
+    with pytest.raises(TransformationError, match="writes an id that is no token"):
+        said.check(model)
+
+
 def test_a_chat_that_is_rendered_otherwise_fails_the_step(tmp_path, corpus, monkeypatch):
     folder = toys.save("llama", tmp_path / "base")
     kind, seen = type(Run("x").tokenizer(open_checkpoint(folder))), []
