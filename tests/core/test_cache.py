@@ -5,12 +5,13 @@ import multiprocessing
 import os
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from regraft.core.cache import kept_steps
+from regraft.core.cache import _all_have, kept_steps
 from regraft.core.cache_folder import CacheFolder, cache_folder
 from regraft.core.checkpoint import FileRef
 from regraft.core.data.settings import Data
@@ -18,6 +19,7 @@ from regraft.core.errors import UsageError
 from regraft.core.execute import ApplyOptions, Events, apply, prepare
 from regraft.core.operations import Operation, ScaleRows, Value
 from regraft.core.patch import Edit, Outline, Patch
+from regraft.core.processes import Processes
 from regraft.core.recipe.load import load_recipe
 from regraft.core.recipe.references import OutputPath
 from regraft.core.tensors import MemoryTensor
@@ -382,3 +384,16 @@ def test_where_the_cache_is():
     assert cache_folder({"REGRAFT_CACHE_SIZE": "0"}).limit == 0
     with pytest.raises(UsageError, match="not a size"):
         cache_folder({"REGRAFT_CACHE_SIZE": "plenty"})
+
+
+@pytest.mark.parametrize(("have", "used"), [((True, True), True), ((True, False), False), ((False, False), False)])
+def test_processes_use_an_entry_together_or_not_at_all(monkeypatch, have, used):
+    """Those that compute together would wait for each other forever if one of them took the result from the cache."""
+    from torch.distributed import HashStore
+
+    shared = HashStore()
+    monkeypatch.setattr("regraft.core.cache.store", lambda: shared)
+    monkeypatch.setattr("regraft.core.processes.store", lambda: shared)
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(_all_have, Processes(rank, 2), "cache 0", mine) for rank, mine in enumerate(have)]
+        assert [one.result(timeout=30) for one in both] == [used, used]
