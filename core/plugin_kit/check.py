@@ -42,7 +42,7 @@ def check_package(
         check(name)
     _check_families(families)
     found = find_package(package)
-    _hide_progress_bars()
+    _quieten_transformers()
     outcomes = {}
     for name, kind in found.transformations.items():
         with tempfile.TemporaryDirectory(prefix="regraft-check-") as folder:
@@ -51,11 +51,12 @@ def check_package(
     return outcomes
 
 
-def _hide_progress_bars() -> None:
-    """Those that transformers shows when it saves and loads the tiny models."""
+def _quieten_transformers() -> None:
+    """No progress bars and no advice while the tiny models are saved and loaded."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def _check_families(families: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.core.checkpoint import Checkpoint
-from regraft.core.errors import InputError, RegraftError, Unsupported, UsageError, VerificationError
+from regraft.core.errors import InputError, RecipeError, RegraftError, Unsupported, UsageError, VerificationError
 from regraft.core.sources import open_checkpoint
 from regraft.core.testing.conformance.check import NotApplicable
 from regraft.core.testing.models import save_tiny
@@ -140,15 +140,22 @@ class Subject:
         """The parameters as the transformation gets them.
 
         Raises:
-            RecipeError: they are not valid.
+            VerificationError: they are not valid.
         """
-        return make_recipe(case.base, self.step(case)).steps[0].params
+        try:
+            return make_recipe(case.base, self.step(case)).steps[0].params
+        except RecipeError as error:
+            raise VerificationError(
+                "the parameters that it is tried with are not valid", where=self.kind.name,
+                found="; ".join(problem.message for problem in error.problems),
+                remedy="give the class an `example`, or the tests `params`",
+            ) from None  # fmt: skip
 
     def refusal(self, case: Case) -> Exception | None:
         """Why it cannot be applied; None if it can.
 
         Raises:
-            RecipeError: the parameters are not valid.
+            VerificationError: the parameters are not valid.
         """
         params, checkpoint, made = self.validated(case), open_checkpoint(str(case.base)), self.kind()
         try:
