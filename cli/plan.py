@@ -38,7 +38,6 @@ def plan(
 ) -> None:
     """Show what a recipe would do: tensors, sizes, memory, disk. Refuses what apply would refuse."""
     from regraft.core.cache import kept_steps
-    from regraft.core.cache_folder import cache_folder
     from regraft.core.execute import ApplyOptions, inputs_of, prepare
     from regraft.core.host import host
     from regraft.core.per_process import per_process
@@ -57,7 +56,7 @@ def plan(
         if world_size is None:
             check_resources(made, target, link=link)
     document = as_document(made, disk_bytes(made, link=link))
-    document["cached"] = kept_steps(made, cache_folder()) if shape is None else []
+    document["cached"] = kept_steps(made) if shape is None else []
     if world_size is not None:
         document["per_process"] = _shares(per_process(made, world_size, link=link, rate=rate * 1e9))
     if as_json:

@@ -17,7 +17,7 @@ from regraft.core.cache_folder import CacheFolder, cache_folder
 from regraft.core.cache_key import StepKey, step_keys, worth_keeping
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.devices import resolve_device
-from regraft.core.errors import RegraftError
+from regraft.core.errors import RegraftError, ResourceError
 from regraft.core.patch import Patch
 from regraft.core.plan import Plan, PlannedStep, outputs_of
 from regraft.core.processes import Processes, store
@@ -25,6 +25,9 @@ from regraft.core.requirements import disk_bytes
 
 _CHEAP_BYTES = 10**9
 """Weights that `plan` reads at most to say what is in the cache: a second's work."""
+
+
+_NONE = CacheFolder(Path(), 0)
 
 
 class StepCache:
@@ -53,14 +56,14 @@ class StepCache:
             wanted: False turns the cache off.
 
         Raises:
-            UsageError: the environment names no cache.
+            UsageError: the environment gives it a size that is none.
         """
         self._plan, self._device, self._target, self._say, self._ours = plan, device, target, say, ours
         self._strict = strict
-        self._folder = cache_folder()
         self.hits: list[str] = []
-        self._wanted = wanted and any(map(worth_keeping, plan.steps)) and self._folder.limit > 0
-        self._keys = self._all_keys() if self._wanted and self._usable() else ()
+        self._wanted = wanted and any(map(worth_keeping, plan.steps))
+        self._folder = self._found() if self._wanted else _NONE
+        self._keys = self._all_keys() if self._folder.limit and self._usable() else ()
 
     def find(self, index: int, checkpoint: Checkpoint) -> Patch | None:
         """The kept result of a step, if there is a sound one; None if the step is to run.
@@ -124,6 +127,13 @@ class StepCache:
         parent = next(folder for folder in self._target.resolve().parents if folder.exists())
         same = parent.stat().st_dev == self._folder.path.stat().st_dev
         return disk_bytes(self._plan, link=False) if same else 0
+
+    def _found(self) -> CacheFolder:
+        try:
+            return cache_folder()
+        except ResourceError as error:
+            self._tell(f"warning: no cache: {error.message}")
+            return _NONE
 
     def _usable(self) -> bool:
         """Whether entries can be written; if not, a warning, and no cache."""
@@ -195,9 +205,19 @@ def _all_have(ours: Processes, what: str, mine: bool) -> bool:
     return all(store().get(f"{what} {rank}") == b"1" for rank in range(ours.world))
 
 
-def kept_steps(plan: Plan, folder: CacheFolder) -> list[str]:
-    """Ids of the steps whose results are in the cache, for `plan`; none where that takes long to tell."""
-    if not folder.limit or not any(map(worth_keeping, plan.steps)) or not folder.entries():
+def kept_steps(plan: Plan) -> list[str]:
+    """Ids of the steps whose results are in the cache, for `plan`; none where that takes long to tell.
+
+    Raises:
+        UsageError: the environment gives the cache a size that is none.
+    """
+    if not any(map(worth_keeping, plan.steps)):
+        return []
+    try:
+        folder = cache_folder()
+    except ResourceError:
+        return []
+    if not folder.limit or not folder.entries():
         return []
     keys = step_keys(plan, folder, _likely_device(), most_bytes=_CHEAP_BYTES)
     return [

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from regraft.core.errors import UsageError
+from regraft.core.errors import ResourceError, UsageError
 from regraft.core.recipe.model import size_bytes
 
 FOLDER, SIZE = "REGRAFT_CACHE", "REGRAFT_CACHE_SIZE"
@@ -178,7 +178,8 @@ def cache_folder(environment: Mapping[str, str] = os.environ) -> CacheFolder:
     """The cache that the environment names: `REGRAFT_CACHE`, else `regraft` in the user's folder for caches.
 
     Raises:
-        UsageError: the size is none, or there is no home folder.
+        UsageError: the size is none.
+        ResourceError: there is no home folder.
     """
     limit = _limit(environment.get(SIZE, ""))
     if named := environment.get(FOLDER):
@@ -189,7 +190,7 @@ def cache_folder(environment: Mapping[str, str] = os.environ) -> CacheFolder:
     try:
         return CacheFolder(Path.home() / ".cache" / "regraft", limit)
     except RuntimeError:
-        raise UsageError(
+        raise ResourceError(
             "there is no home folder for the cache", where=FOLDER, remedy=f"set {FOLDER} to a folder"
         ) from None
 

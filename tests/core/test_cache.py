@@ -283,6 +283,10 @@ def test_an_entry_in_use_is_not_removed(cache):
     assert cache.entries() == []
 
 
+def raises_no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
 def test_a_cache_that_cannot_be_written_costs_a_warning(cache, monkeypatch):
     Path("cache").write_text("a file")
     ran, told = run(ONE)
@@ -291,6 +295,10 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(cache, monkeypatch):
     Path("cache").unlink()
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "steps")
     assert run(ONE)[1] == ["warning: no cache: cache: it cannot be written"]
+    monkeypatch.delenv("REGRAFT_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", raises_no_home)
+    assert run(ONE)[1] == ["warning: no cache: there is no home folder for the cache"]
 
 
 def test_a_full_disk_costs_a_warning_and_leaves_nothing(cache, monkeypatch):
@@ -326,13 +334,13 @@ def test_plan_says_what_is_there(cache, monkeypatch):
     run(*steps)
     recipe = load_recipe(Path("r.toml"), (), HOST.transformations(), HOST.broken)
     plan, _ = prepare(recipe, HOST, ApplyOptions())
-    assert kept_steps(plan, cache) == ["one", "two"]
+    assert kept_steps(plan) == ["one", "two"]
     run({**ONE, "factor": 5.0}, TWO)
     cache.remove(cache.entries()[0])
     plan, _ = prepare(load_recipe(Path("r.toml"), (), HOST.transformations(), HOST.broken), HOST, ApplyOptions())
-    assert kept_steps(plan, cache) == ["one"]
+    assert kept_steps(plan) == ["one"]
     monkeypatch.setattr("regraft.core.cache._CHEAP_BYTES", 1)
-    assert kept_steps(plan, cache) == [], "files that have just changed would have to be read"
+    assert kept_steps(plan) == [], "files that have just changed would have to be read"
 
 
 def test_digests_of_settled_weights_are_remembered(cache, monkeypatch):
