@@ -33,12 +33,15 @@ def demo(session):
 
 @nox.session
 def tests(session):
-    """Run the tests; coverage of core must be 90% or more."""
+    """Run the tests, a process for each processor; coverage of core and of plugins must be 90% or more."""
     install(session, "tests")
-    report = [] if session.posargs else ["--cov", "--cov-report="]
-    session.run("pytest", *report, *session.posargs, env=ONE_THREAD)
-    if not session.posargs:
-        session.run("coverage", "report", "--include=core/*", "--fail-under=90", "--skip-covered", "--precision=1")
+    if session.posargs:
+        session.run("pytest", *session.posargs, env=ONE_THREAD)
+        return
+    processes = str(min(os.cpu_count() or 1, 8))
+    session.run("pytest", "-n", processes, "--dist", "loadfile", "--cov", "--cov-report=", env=ONE_THREAD)
+    for rooms in ("core/*", "plugins/*"):
+        session.run("coverage", "report", f"--include={rooms}", "--fail-under=90", "--skip-covered", "--precision=1")
 
 
 @nox.session
