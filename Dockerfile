@@ -1,4 +1,4 @@
-# regraft with CUDA:  docker build -t regraft . && docker run --gpus all -v "$PWD:/work" regraft apply recipe.toml
+# regraft with CUDA:  docker build -t regraft . && docker run --gpus all -v "$PWD:/data" regraft apply recipe.toml
 # torch's wheels bring CUDA's libraries; the host needs NVIDIA's driver and container toolkit, and nothing else.
 FROM python:3.12-slim-bookworm AS build
 RUN python -m venv /opt/regraft
@@ -20,7 +20,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev &
 COPY --from=build /opt/regraft /opt/regraft
 ENV PATH=/opt/regraft/bin:$PATH NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 # any user may run it: homes and caches lie in the mounted folder or in /tmp
-ENV HOME=/tmp HF_HOME=/work/.cache/huggingface TRITON_CACHE_DIR=/tmp/triton
-WORKDIR /work
+ENV HOME=/tmp HF_HOME=/data/.cache/huggingface TRITON_CACHE_DIR=/tmp/triton
+WORKDIR /data
 ENTRYPOINT ["regraft"]
 CMD ["--help"]
