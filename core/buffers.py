@@ -36,6 +36,14 @@ def phased_empty(nbytes: int, file_offset: int, *, pinned: bool = False) -> torc
     return buffer[start : start + nbytes]
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; False for a name that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def open_input(path: Path) -> int:
     """A descriptor of `path` for reading.
 

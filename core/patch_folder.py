@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
+from regraft.core.buffers import is_file
 from regraft.core.checkpoint import Checkpoint, FileRef
 from regraft.core.errors import InputError, PluginError, ResourceError, UsageError
 from regraft.core.header import render_header
@@ -141,7 +142,7 @@ def load_patch(folder: Path) -> tuple[Patch, dict[str, TensorSpec]]:
     stored = WeightFile(folder / _TENSORS).tensors()
     try:
         edits = {name: _load_edit(name, item, stored) for name, item in document.edits.items()}
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise _malformed(folder, f"{type(error).__name__}: {error}") from None
     patch = Patch(
         edits=edits,
@@ -228,7 +229,7 @@ def _file(name: str, folder: Path) -> FileRef:
             found=ascii(name),
             remedy="do not trust this patch",
         )
-    if not (folder / _FILES / name).is_file():
+    if not is_file(folder / _FILES / name):
         raise InputError("a file of the saved patch is missing", where=folder / _FILES / name, remedy="save it again")
     return FileRef(folder / _FILES / name)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from regraft.core.buffers import reading
+from regraft.core.buffers import is_file, reading
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.errors import InputError
 from regraft.core.finite import NonFinite, count_in
@@ -62,7 +62,7 @@ def _files(folder: Path, stated: Mapping[str, Mapping[str, Any]]) -> Iterator[Fi
         where, relative = f"{folder}: {name}", PurePosixPath(name)
         if relative.is_absolute() or ".." in relative.parts:
             yield Finding("the lock file names a path outside the folder", where, "a file in the folder", name)
-        elif not (folder / name).is_file():
+        elif not is_file(folder / name):
             yield Finding("a file is missing", where, "the file that the lock file states", "no such file", _REMEDY)
         elif (found := sha256(folder / name)) == facts.get("sha256"):
             yield None

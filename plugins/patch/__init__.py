@@ -7,9 +7,9 @@ from pathlib import Path
 from pydantic import Field
 
 from regraft.core.checkpoint import Checkpoint
-from regraft.core.errors import Unsupported
+from regraft.core.errors import InputError, PluginError, Unsupported
 from regraft.core.hookspecs import hookimpl
-from regraft.core.patch import Patch
+from regraft.core.patch import Patch, overlay
 from regraft.core.transformation import AnyTransformation, Params, WeightSpace
 
 
@@ -32,6 +32,7 @@ class ReapplyPatch(WeightSpace[PatchParams]):
 
         Raises:
             Unsupported: a tensor is missing, or has another dtype or shape.
+            InputError: the patch is malformed, or contradicts itself.
         """
         from regraft.core.patch_folder import load_patch
 
@@ -54,6 +55,16 @@ class ReapplyPatch(WeightSpace[PatchParams]):
                     found="no such tensor",
                     remedy="apply it to the checkpoint it was saved from",
                 )
+        try:
+            overlay(checkpoint, patch, by=self.name)
+        except PluginError as error:
+            raise InputError(
+                f"the saved patch contradicts itself: {error.message}",
+                where=f"{params.path}: {(error.where or '').removeprefix(f'step {self.name}: ')}",
+                expected=error.expected,
+                found=error.found,
+                remedy="save it again",
+            ) from None
 
     def patch(self, checkpoint: Checkpoint, params: PatchParams) -> Patch:
         """The saved patch."""

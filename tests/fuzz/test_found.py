@@ -109,3 +109,22 @@ def test_half_a_character_in_data_is_refused(name, data):
 def test_a_task_with_an_impossible_path_is_refused(data):
     with pytest.raises(REFUSALS):
         TARGETS["task"].read(data)
+
+
+def test_a_file_that_a_lock_file_states_by_an_impossible_name_is_missing():
+    lock = json.loads(TARGETS["lock"].seeds()[0])
+    lock["output"]["files"]["9" * 5000] = {"sha256": "0"}
+    report = TARGETS["lock"].read(json.dumps(lock).encode())
+    assert any(finding.message == "a file is missing" for finding in report.faults)
+
+
+def test_a_saved_patch_that_contradicts_itself_is_no_plugins_fault():
+    patch = json.loads(TARGETS["patch"].seeds()[0])
+    edit = next(edit for edit in patch["edits"].values() if edit["operation"] == "scale-rows")
+    edit["shape"][0] += 1
+    with pytest.raises(REFUSALS, match="contradicts itself"):
+        TARGETS["patch"].read(json.dumps(patch).encode())
+    edit["shape"][0] -= 1
+    edit["parameters"] = dict.fromkeys(edit["parameters"], HUGE)
+    with pytest.raises(REFUSALS, match="malformed"):
+        TARGETS["patch"].read(json.dumps(patch).encode())
