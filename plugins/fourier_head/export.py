@@ -8,7 +8,7 @@ from typing import Any
 
 from regraft.core.architectures import Architecture, architecture_of
 from regraft.core.checkpoint import CONFIG, TOKENIZER_CONFIG, Checkpoint
-from regraft.core.errors import Unsupported
+from regraft.core.errors import InputError, Unsupported
 from regraft.core.patch import Patch
 from regraft.core.portable_code import CodePatch, code_patch, portable_code, read_template, refuse_other_code
 from regraft.core.verify.structure import TOKENIZER
@@ -43,6 +43,7 @@ class Aim:
 
         Raises:
             Unsupported: the head of this model cannot be replaced.
+            InputError: embeddings or head are missing, or do not fit.
             UsageError, InputError: as `select`.
         """
         family = family_of(checkpoint.config)
@@ -55,10 +56,8 @@ class Aim:
                 expected=family.stock_class, found=", ".join(map(str, stock)),
                 remedy="use a checkpoint of the causal language model",
             )  # fmt: skip
-        embedding = architecture.slot("embed_tokens")
-        if embedding.tensor not in checkpoint.specs:
-            raise Unsupported("the embeddings are missing", where=f"{checkpoint.label}: {embedding.tensor}")
-        bins = select(checkpoint, params, checkpoint.specs[embedding.tensor].rows)
+        rows = _tables(checkpoint, architecture)
+        bins = select(checkpoint, params, rows)
         tied = architecture.tie_word_embeddings and not params.untie and params.mode == "hybrid"
         return cls(family, architecture, bins, tied)
 
@@ -71,6 +70,21 @@ class Aim:
     def head(self) -> str:
         """Name of the tensor that makes the logits now; the embeddings where both are one."""
         return self.architecture.slot("lm_head").tensor
+
+
+def _tables(checkpoint: Checkpoint, architecture: Architecture) -> int:
+    """Rows of the embeddings, which the head has as well.
+
+    Raises:
+        InputError: one of them is missing, or they have different shapes.
+    """
+    embeddings, head = (checkpoint.tensor(architecture.slot(role).tensor).spec for role in ("embed_tokens", "lm_head"))
+    if embeddings.shape != head.shape:
+        raise InputError(
+            "the head has another shape than the embeddings", where=f"{checkpoint.label}: {head.name}",
+            expected=list(embeddings.shape), found=list(head.shape), remedy="fetch the checkpoint again",
+        )  # fmt: skip
+    return embeddings.rows
 
 
 def block(aim: Aim, params: FourierHeadParams, config: Mapping[str, Any]) -> dict[str, Any]:

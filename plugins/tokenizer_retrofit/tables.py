@@ -43,7 +43,7 @@ class Tables:
         causal = architecture.has("lm_head")
         own = _own_head(checkpoint, architecture, embeddings) if causal else _tall(checkpoint, embeddings, 2)
         bias = _bias(checkpoint, architecture) if causal else _tall(checkpoint, embeddings, 1)
-        found = cls(embeddings, own, bias, checkpoint.specs[embeddings].rows, causal)
+        found = cls(embeddings, own, bias, checkpoint.tensor(embeddings).spec.rows, causal)
         found._check(checkpoint, tokenizer)
         return found
 
@@ -66,10 +66,11 @@ class Tables:
 
     def _check(self, checkpoint: Checkpoint, tokenizer: TokenizerFile) -> None:
         for name in self.names:
-            spec = checkpoint.specs[name]
+            spec = checkpoint.tensor(name).spec
             if spec.dtype not in FLOAT_CODES or spec.rows != self.rows:
                 raise Unsupported("is no table of floating-point rows, one for each token", where=name,
-                                  expected=f"{self.rows} rows", found=spec)  # fmt: skip
+                                  expected=f"{self.rows} rows", found=spec,
+                                  remedy="use the unquantised model, or fetch the checkpoint again")  # fmt: skip
         if tokenizer.rows > self.rows:
             raise InputError(
                 "the tokenizer has ids beyond the embedding's rows", where=tokenizer.label,

@@ -22,13 +22,9 @@ def has_an_example(subject: Subject) -> None:
     """Its example parameters are valid, and it accepts the families that it is tried on."""
     for family in subject.families:
         refusal = subject.refusal(subject.case(family))
-        demand(
-            refusal is None,
-            "it refuses a family that it is said to support",
-            where=family,
-            found=refusal,
-            remedy="give parameters that fit (`params`, or `example` of the class), or name other `families`",
-        )
+        found = None if refusal is None else f"{refusal.message}: {refusal.found}"
+        demand(refusal is None, "it refuses a family that it is said to support", where=family, found=found,
+               remedy="give parameters that fit (`params`, or `example`), or name other `families`")  # fmt: skip
 
 
 def describes_itself(subject: Subject) -> None:

@@ -151,7 +151,7 @@ class Subject:
                 remedy="give the class an `example`, or the tests `params`",
             ) from None  # fmt: skip
 
-    def refusal(self, case: Case) -> Exception | None:
+    def refusal(self, case: Case) -> RegraftError | None:
         """Why it cannot be applied; None if it can.
 
         Raises:
