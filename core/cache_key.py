@@ -206,6 +206,8 @@ def _computer(device: str) -> list[str]:
 
 
 def _step(step: PlannedStep, folder: CacheFolder, most_bytes: int | None) -> list[Any]:
+    if step.outline.unrecorded:
+        raise _NoKeyError(f"{step.outline.unrecorded} is named by neither recipe nor base")
     kind = type(step.transformation)
     plugin = [step.plugin.distribution, step.plugin.version, kind.name, kind.version, code_digest(_package(kind))]
     return [step.id, plugin, _resolved(step.params, folder, most_bytes)]

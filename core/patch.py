@@ -111,6 +111,8 @@ class Outline:
         shared_bytes: of `workspace_bytes`, what the processes of a run share out among them, each its part.
         scratch_bytes: disk the step itself needs beside the output, such as for its saved state.
         form: what the step would have written where `[output] format` does not say it; None leaves it to others.
+        unrecorded: what decides the result and is named by neither recipe nor base, such as a model that a file of the
+            recipe names; then the result is not kept in the step cache. Empty where there is nothing of that kind.
         beyond_adapter: what the step does that an adapter cannot hold, in its own words, and what to set in the step
             instead; None where there is nothing, or nothing to be said of it.
     """
@@ -131,6 +133,7 @@ class Outline:
     scratch_bytes: int = 0
     form: Literal["adapter", "checkpoint"] | None = None
     beyond_adapter: tuple[str, str] | None = None
+    unrecorded: str = ""
 
     @classmethod
     def of(cls, patch: Patch) -> Outline:

@@ -85,6 +85,11 @@ def eyes_of(params: VloraParams, settings: GeneratorSettings) -> Tower | None:
     return _fitting(_tower(params, settings), settings)
 
 
+def looks_by_itself(params: VloraParams, settings: GeneratorSettings) -> bool:
+    """Whether pictures are seen by an encoder that the generator names and the recipe does not."""
+    return params.features is None and params.vision is None and settings.vision_tower is not None
+
+
 def _fitting(tower: Tower, settings: GeneratorSettings) -> Tower:
     found, wanted = (tower.patches, tower.width), (settings.pos_num, settings.visual_dim)
     if found != wanted:

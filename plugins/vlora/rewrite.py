@@ -16,7 +16,7 @@ from regraft.core.specs import TensorSpec
 from regraft.core.tensors import LazyTensor, MemoryTensor, PromisedTensor
 from regraft.core.transformation import Run
 from regraft.plugins.vlora.attach import attached
-from regraft.plugins.vlora.features import Sight, eyes_of, sight_of
+from regraft.plugins.vlora.features import Sight, eyes_of, looks_by_itself, sight_of
 from regraft.plugins.vlora.folder import GeneratorFolder, open_generator
 from regraft.plugins.vlora.params import VloraParams
 from regraft.plugins.vlora.places import Key, Place, check_model, places_of
@@ -150,7 +150,10 @@ def outline(checkpoint: Checkpoint, params: VloraParams) -> Outline:
     factors = sum(place.total_rank * sum(place.spec.shape) for place in aim.places)
     size = _FP32 * (aim.settings.num_parameters + factors) + aim.sight.workspace_bytes
     beyond = _NO_ADAPTER if "m" in aim.types else None
-    return replace(shape, notes=aim.notes, form=aim.form, beyond_adapter=beyond, workspace_bytes=size)
+    return replace(
+        shape, notes=aim.notes, form=aim.form, beyond_adapter=beyond, workspace_bytes=size,
+        unrecorded=f"the vision encoder {aim.settings.vision_tower}" if looks_by_itself(params, aim.settings) else "",
+    )  # fmt: skip
 
 
 def apply(checkpoint: Checkpoint, params: VloraParams, run: Run) -> Patch:

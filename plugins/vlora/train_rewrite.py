@@ -96,6 +96,7 @@ def outline(checkpoint: Checkpoint, params: VloraTrainParams) -> Outline:
     generator = aim.settings.num_parameters
     learnt = generator + sum(prod(spec.shape) for spec in specs.values())
     change = config_change(checkpoint, aim.settings)
+    named = params.vision is not None or params.features is not None
     return Outline(
         specs=specs,
         json={OWN_CONFIG: change} if change else {},
@@ -105,6 +106,9 @@ def outline(checkpoint: Checkpoint, params: VloraTrainParams) -> Outline:
         + generator * _FP32
         + training_bytes(checkpoint, learnt, tokens=params.micro_batch * (params.data.max_tokens or _USUAL_TOKENS)),
         scratch_bytes=state_bytes(learnt) + generator * _FP32,
+        unrecorded=""
+        if named or aim.settings.vision_tower is None
+        else f"the vision encoder {aim.settings.vision_tower}",
     )
 
 

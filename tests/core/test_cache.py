@@ -48,6 +48,7 @@ class LearnParams(Params):
     log: OutputPath | None = None
     spoil: bool = False
     formulas: bool = False
+    unrecorded: str = ""
 
 
 class Learn(Transformation[LearnParams]):
@@ -62,7 +63,7 @@ class Learn(Transformation[LearnParams]):
         names = (NORM, HEAD, "lm_head.weight") if params.formulas else (NORM, HEAD, GATE, "lm_head.weight")
         specs = {name: checkpoint.specs[name] for name in names if name in checkpoint.specs}
         return Outline(specs=specs, files={"extra.txt": 3}, json={"config.json": {"rope_theta": 7.0}},
-                       workspace_bytes=1)  # fmt: skip
+                       workspace_bytes=1, unrecorded=params.unrecorded)  # fmt: skip
 
     def apply(self, checkpoint, params, run):
         import torch
@@ -195,6 +196,14 @@ def test_a_data_set_of_the_hub_has_no_key_and_neither_has_what_follows(cache):
         f"{name}: not kept in the cache: the contents of the data set org/rows cannot be known without fetching it"
         for name in ("one", "two")
     ]
+
+
+def test_a_step_that_rests_on_what_nobody_names_is_not_kept(cache):
+    step = {**ONE, "unrecorded": "the encoder org/eyes"}
+    assert run(step)[0] == ["one"]
+    assert run(step) == (["one"], [
+        "one: not kept in the cache: the encoder org/eyes is named by neither recipe nor base"
+    ])  # fmt: skip
 
 
 def test_a_log_is_no_part_of_the_key_and_a_hit_says_that_it_stays_unwritten(cache):
