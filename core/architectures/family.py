@@ -251,7 +251,7 @@ def _check_count(settings: Settings, key: str) -> None:
     raise InputError(
         "is missing or no positive whole number",
         where=f"config.json: {key}",
-        expected=f"a positive whole number up to {MAX_SIZE}",
+        expected=f"at most {MAX_SIZE}" if type(value) is int and value > 0 else "a positive whole number",
         found="nothing" if value is None else brief(value),
         remedy="correct config.json",
     )
