@@ -13,7 +13,9 @@ which moves where accuracy stands; their union is checked on questions of its ow
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.hookspecs import hookimpl
@@ -32,6 +34,15 @@ class AttentionCalibration(Transformation[AttentionCalibrationParams]):
     paper = "Yu et al. 2024, arXiv 2406.15765"
     loads_with = "transformers with trust_remote_code=True"
     Params = AttentionCalibrationParams
+
+    @classmethod
+    def example(cls, checkpoint: Checkpoint, folder: Path) -> Mapping[str, Any]:
+        """Parameters for a tiny checkpoint: a threshold at which random models have sinks."""
+        from regraft.core.testing.data import preferences, write_rows
+
+        asked = [(row["prompt"], [row["chosen"], row["rejected"]]) for row in preferences(16)]
+        rows = [{"prompt": prompt, "options": options, "answer": 0} for prompt, options in asked]
+        return {"data": str(write_rows(folder / "rows.jsonl", rows)), "layers": "1-", "tau": 0.06, "min_queries": 2}
 
     def check(self, checkpoint: Checkpoint, params: AttentionCalibrationParams) -> None:
         """Whether the heads or the questions are there, and the model's attention can be calibrated.

@@ -15,7 +15,9 @@ masked gradient would let weight decay and momentum move the rest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.hookspecs import hookimpl
@@ -33,6 +35,14 @@ class FineTune(Transformation[FineTuneParams]):
     summary = "Train all weights, named tensors or single attention heads: SFT, whole texts, DPO."
     paper = "Rafailov et al. 2023, DPO, arXiv 2305.18290; Zhang et al. 2024, Precise SFT, arXiv 2409.01659"
     Params = FineTuneParams
+
+    @classmethod
+    def example(cls, checkpoint: Checkpoint, folder: Path) -> Mapping[str, Any]:
+        """Parameters for a tiny checkpoint: two steps on sums."""
+        from regraft.core.testing.data import completions, write_rows
+
+        rows = write_rows(folder / "rows.jsonl", completions(16))
+        return {"data": str(rows), "lr": 1e-2, "steps": 2, "batch_size": 4, "train": {"precision": "float32"}}
 
     def check(self, checkpoint: Checkpoint, params: FineTuneParams) -> None:
         """Refuse quantised weights, data that is not there, and sequences beyond the window.

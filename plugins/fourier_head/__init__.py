@@ -15,7 +15,8 @@ density ignores; `normalized` does not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from regraft.core.architectures import Family
@@ -36,6 +37,11 @@ class FourierHead(Transformation[FourierHeadParams]):
     paper = "Gillman et al. 2025, ICLR, arXiv 2410.22269"
     loads_with = "transformers with trust_remote_code=True"
     Params = FourierHeadParams
+
+    @classmethod
+    def example(cls, checkpoint: Checkpoint, folder: Path) -> Mapping[str, Any]:
+        """Parameters for a tiny checkpoint: the digits, four frequencies."""
+        return {"tokens": "0..9", "num_frequencies": 4}
 
     def check(self, checkpoint: Checkpoint, params: FourierHeadParams) -> None:
         """Refuse ranges that are none, and models whose head cannot be replaced.

@@ -14,7 +14,9 @@ type-token ratio; we never choose end tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.hookspecs import hookimpl
@@ -32,6 +34,16 @@ class Hyperfitting(Transformation[HyperfittingParams]):
     summary = "Train on a few sequences until the loss is nearly zero: sharper, less repetitive greedy text."
     paper = "Carlsson et al. 2025, ICLR, arXiv 2412.04318"
     Params = HyperfittingParams
+
+    @classmethod
+    def example(cls, checkpoint: Checkpoint, folder: Path) -> Mapping[str, Any]:
+        """Parameters for a tiny checkpoint: eight samples of sentences."""
+        from regraft.core.testing.data import texts
+
+        (folder / "text.txt").write_text(" ".join(row["text"] for row in texts(64)))
+        report = {"samples": 2, "context": 8, "ttr_window": 12, "new_tokens": 16, "citation_ngram": 4}
+        return {"data": str(folder / "text.txt"), "samples": 8, "seq_len": 24, "batch_size": 4, "epochs": 2,
+                "precision": "float32", "held_out": 2, "report": report}  # fmt: skip
 
     def check(self, checkpoint: Checkpoint, params: HyperfittingParams) -> None:
         """Refuse what cannot be trained, and lengths beyond the model's window.

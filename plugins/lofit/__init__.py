@@ -15,7 +15,9 @@ load, not a list of heads. K is 3% of the heads; the paper's models use 16 to 48
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.hookspecs import hookimpl
@@ -33,6 +35,14 @@ class Lofit(Transformation[LofitParams]):
     summary = "Learn a constant offset for a few attention heads, and bake it into biases."
     paper = "Yin et al. 2024, arXiv 2406.01563"
     Params = LofitParams
+
+    @classmethod
+    def example(cls, checkpoint: Checkpoint, folder: Path) -> Mapping[str, Any]:
+        """Parameters for a tiny checkpoint: two heads, two steps a stage, on sums."""
+        from regraft.core.testing.data import completions, write_rows
+
+        rows, steps = write_rows(folder / "rows.jsonl", completions(16)), {"steps": 2}
+        return {"task": "sft", "data": str(rows), "heads": 2, "select": steps, "tune": steps, "precision": "float32"}
 
     def check(self, checkpoint: Checkpoint, params: LofitParams) -> None:
         """Whether the data is there, the heads are, and the model has a place for offsets; before any training.

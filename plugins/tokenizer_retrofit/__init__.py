@@ -5,7 +5,9 @@ Dynamic Tokenization (Feher, Vulić, Minixhofer, arXiv 2411.18553), frozen to a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.hookspecs import hookimpl
@@ -25,6 +27,11 @@ class TokenizerRetrofit(Transformation[TokenizerRetrofitParams]):
     summary = "Give a checkpoint a better vocabulary for a corpus."
     paper = "Feher et al. 2024, Dynamic Tokenization, arXiv 2411.18553"
     Params = TokenizerRetrofitParams
+
+    @classmethod
+    def example(cls, checkpoint: Checkpoint, folder: Path) -> Mapping[str, Any]:
+        """Parameters for a tiny checkpoint: one more token."""
+        return {"vocabulary": "add-tokens", "add": ["<|think|>"]}
 
     def check(self, checkpoint: Checkpoint, params: TokenizerRetrofitParams) -> None:
         """Refuse what cannot be done.
