@@ -22,6 +22,8 @@ TOP = 10
 _ROUNDS, _FOR_EACH_LIST = 10, 64
 """Of k-means, and the most rows for each list that it learns from."""
 _SEED_BITS = 31
+_RIDGE = 0.1
+"""Of the mean variance: how much every direction counts for queries, whatever was seen of it."""
 
 
 def default_lists(rows: int) -> int:
@@ -29,7 +31,17 @@ def default_lists(rows: int) -> int:
     return max(1, round(math.sqrt(rows)))
 
 
-def build_index(vectors: Vectors, *, total: int, width: int, lists: int, storage: str, seed: int, file: Path) -> None:
+def build_index(
+    vectors: Vectors,
+    *,
+    total: int,
+    width: int,
+    lists: int,
+    storage: str,
+    seed: int,
+    file: Path,
+    asked: torch.Tensor | None = None,
+) -> None:
     """Write the index of rows less their mean, which lowers every product with a query by the same.
 
     Inverted lists around the centres of k-means, in one thread. The same machine gives the same bytes; another kind of
@@ -43,14 +55,16 @@ def build_index(vectors: Vectors, *, total: int, width: int, lists: int, storage
         storage: float32, float16 or int8.
         seed: of k-means and of the rows that it learns from.
         file: to write.
+        asked: [n, d] vectors such as will be looked for; rows are turned by them, see `turning`.
     """
     import faiss
 
-    mean = torch.zeros(width, dtype=torch.float64)
-    for _, rows in vectors():
-        mean += rows.double().sum(0)
-    mean = (mean / total).float()
     with _one_thread():
+        turn, back = turning(asked, width)
+        mean = torch.zeros(width, dtype=torch.float64)
+        for _, rows in vectors():
+            mean += rows.double().sum(0)
+        mean = (mean / total).float()
         centres = faiss.IndexFlatIP(width)
         kinds = {"float16": faiss.ScalarQuantizer.QT_fp16, "int8": faiss.ScalarQuantizer.QT_8bit}
         made: Any = (
@@ -60,10 +74,29 @@ def build_index(vectors: Vectors, *, total: int, width: int, lists: int, storage
         )
         made.cp.seed, made.cp.niter = seed % 2**_SEED_BITS, _ROUNDS
         made.cp.min_points_per_centroid, made.cp.max_points_per_centroid = 1, _FOR_EACH_LIST
-        made.train((_sample(vectors, total, lists * _FOR_EACH_LIST, seed) - mean).numpy())
+        made.train(((_sample(vectors, total, lists * _FOR_EACH_LIST, seed) - mean) @ turn).numpy())
         for ids, rows in vectors():
-            made.add_with_ids((rows - mean).numpy(), ids.numpy())
-        faiss.write_index(made, str(file))
+            made.add_with_ids(((rows - mean) @ turn).numpy(), ids.numpy())
+        queries = faiss.LinearTransform(width, width, False)
+        faiss.copy_array_to_vector(back.numpy().ravel(), queries.A)
+        queries.is_trained = True
+        # the rows are in it already, so the transform applies to what is looked for alone
+        faiss.write_index(faiss.IndexPreTransform(queries, made), str(file))
+
+
+def turning(asked: torch.Tensor | None, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The square root of the queries' second moment C, for rows, and its inverse, for queries; both symmetric [d, d].
+
+    Products stay what they are, (C^-1/2 q)·(C^1/2 x) = q·x, but the queries then spread alike in all directions, and
+    rows that are near each other are so in what queries tell apart. Without queries, nothing is turned.
+    """
+    if asked is None:
+        return torch.eye(width), torch.eye(width)
+    moment = asked.double().T @ asked.double() / len(asked)
+    moment += _RIDGE * moment.trace() / width * torch.eye(width, dtype=torch.float64)
+    values, basis = torch.linalg.eigh(moment)
+    turn, back = ((basis * values**power) @ basis.T for power in (0.5, -0.5))
+    return turn.float().contiguous(), back.float().contiguous()
 
 
 def _sample(vectors: Vectors, total: int, count: int, seed: int) -> torch.Tensor:
@@ -79,15 +112,17 @@ def _sample(vectors: Vectors, total: int, count: int, seed: int) -> torch.Tensor
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """faiss's sums depend on the number of its threads."""
+    """Sums depend on the number of threads."""
     import faiss
 
-    before = faiss.omp_get_max_threads()
+    before = faiss.omp_get_max_threads(), torch.get_num_threads()
     faiss.omp_set_num_threads(1)
+    torch.set_num_threads(1)
     try:
         yield
     finally:
-        faiss.omp_set_num_threads(before)
+        faiss.omp_set_num_threads(before[0])
+        torch.set_num_threads(before[1])
 
 
 def likeliest(vectors: Vectors, queries: torch.Tensor) -> torch.Tensor:
@@ -137,13 +172,12 @@ def measure(file: Path, queries: torch.Tensor, wanted: torch.Tensor, candidates:
     import faiss
 
     index = faiss.read_index(str(file))
-    probes = 1
+    lists, probes = faiss.extract_index_ivf(index), 1
     while True:
-        probes = min(probes, index.nlist)
-        parameters = faiss.SearchParametersIVF(nprobe=probes)
-        found = torch.from_numpy(index.search(queries.numpy(), min(candidates, index.ntotal), params=parameters)[1])
+        lists.nprobe = probes = min(probes, lists.nlist)
+        found = torch.from_numpy(index.search(queries.numpy(), min(candidates, index.ntotal))[1])
         hits = (found[:, None, :] == wanted[:, :, None]).any(-1).float()
         yield Recall(probes, float(hits[:, 0].mean()), float(hits.mean()))
-        if probes == index.nlist:
+        if probes == lists.nlist:
             return
         probes *= 2

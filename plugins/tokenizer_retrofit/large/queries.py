@@ -14,28 +14,30 @@ from regraft.core.transformation import Run
 from regraft.plugins.tokenizer_retrofit.dynamic.curve import drawn
 from regraft.plugins.tokenizer_retrofit.portable.searching import CandidateHead, Rows
 
-_PLACES = 16
-"""Of a passage."""
+_PLACES = 32
+"""Of a passage that the index is measured on; of one that it is made by, all."""
 _TOLERANCE = 1e-3
 
 
-def states(checkpoint: Checkpoint, texts: Iterable[str], count: int, run: Run) -> torch.Tensor:
-    """[count, d] what the head reads, fp32, with a one behind it where the head has biases.
+def states(checkpoint: Checkpoint, texts: Iterable[str], count: int, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+    """[n, d] what the head reads, fp32, with a one behind it where the head has biases: to make an index by, and, of
+    other passages, [at most count, d] to measure it on.
 
     Args:
         checkpoint: whose model runs, in fp32.
         texts: the corpus.
-        count: most places.
+        count: most places that it is measured on.
         run: device, seed and trust.
 
     Raises:
-        InputError: the corpus has no text.
-        TransformationError: the model computes logits otherwise than by its head, so no other can take its place.
+        InputError: the corpus has less than two passages.
+        TransformationError: the model computes its logits otherwise than by its head, so no other can take its place.
     """
-    passages = drawn(texts, -(-count // _PLACES), run.seed_for("queries"))
-    if not passages:
-        raise InputError("the corpus has no text", where="corpus", remedy="give more data")
-    run.tell(f"the model reads {len(passages)} passages, to measure the index")
+    passages = drawn(texts, 2 * -(-count // _PLACES), run.seed_for("queries"))
+    if len(passages) < 2:
+        raise InputError("the corpus has too little text to measure an index on", where="corpus",
+                         expected="two passages of 700 bytes", remedy="give more data")  # fmt: skip
+    run.tell(f"the model reads {len(passages)} passages, for the index")
     model, tokenizer = run.model(checkpoint), run.tokenizer(checkpoint)
     head, seen = model.get_output_embeddings(), []
     hook = head.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
@@ -45,10 +47,13 @@ def states(checkpoint: Checkpoint, texts: Iterable[str], count: int, run: Run) -
             logits = model(input_ids=ids).logits
             if number == 0:
                 _check_head(model, ids, logits)
-            seen[number] = _some(seen[number][0].float().cpu())
+            rows = seen[number][0].float().cpu()
+            seen[number] = _some(rows) if number % 2 else rows
     hook.remove()
-    found = torch.cat(seen)[:count]
-    return found if head.bias is None else torch.cat([found, torch.ones(len(found), 1)], 1)
+    made, measured = torch.cat(seen[::2]), torch.cat(seen[1::2])[:count]
+    if head.bias is None:
+        return made, measured
+    return torch.cat([made, torch.ones(len(made), 1)], 1), torch.cat([measured, torch.ones(len(measured), 1)], 1)
 
 
 def _some(rows: torch.Tensor) -> torch.Tensor:

@@ -187,20 +187,20 @@ def _index(searched: _Searched, params: LargeVocabularyParams, run: Run) -> tupl
         raise UsageError("the index has fewer rows than lists, or fewer lists than probes", where="lists, probes",
                          expected=f"probes up to lists, lists up to {searched.total}",
                          found=f"{params.probes} probes, {lists} lists")  # fmt: skip
+    file, made, measured = searched.folder / "index.faiss", None, None
+    if params.corpus is not None:
+        from regraft.plugins.tokenizer_retrofit.large.queries import states
+
+        texts = Corpus(params.corpus, params.corpus_bytes).texts()
+        made, measured = states(searched.checkpoint, texts, params.queries, run)
     run.tell(f"an index of {searched.total} rows in {lists} lists")
-    file = searched.folder / "index.faiss"
     build_index(
         searched.vectors, total=searched.total, width=searched.width, lists=lists, storage=params.storage,
-        seed=run.seed_for("index"), file=file,
+        seed=run.seed_for("index"), file=file, asked=made,
     )  # fmt: skip
-    if params.corpus is None:
+    if measured is None:
         return lists, ()
-    from regraft.plugins.tokenizer_retrofit.large.queries import states
-
-    texts = Corpus(params.corpus, params.corpus_bytes).texts()
-    queries = states(searched.checkpoint, texts, params.queries, run)
-    wanted = likeliest(searched.vectors, queries)
-    return lists, list(measure(file, queries, wanted, params.candidates))
+    return lists, list(measure(file, measured, likeliest(searched.vectors, measured), params.candidates))
 
 
 def _policy(searched: _Searched, params: LargeVocabularyParams) -> dict[str, Any]:

@@ -57,11 +57,12 @@ class Index:
         if not file.is_file():
             raise ValueError(f"{file.name} is missing: run large-vocabulary again, or search exactly")
         self.index: Any = faiss.read_index(str(file))
-        self.parameters = faiss.SearchParametersIVF(nprobe=min(probes, self.index.nlist))
+        lists = faiss.extract_index_ivf(self.index)
+        lists.nprobe = min(probes, lists.nlist)
 
     def find(self, vectors: torch.Tensor, count: int) -> torch.Tensor:
         """[n, count] ids of rows for each of the vectors [n, d], -1 where there are no more."""
-        found = self.index.search(vectors.float().cpu().numpy(), min(count, self.index.ntotal), params=self.parameters)
+        found = self.index.search(vectors.float().cpu().numpy(), min(count, self.index.ntotal))
         return torch.from_numpy(found[1]).to(vectors.device)
 
 
@@ -105,9 +106,9 @@ class CandidateHead(nn.Module):
         return (logits if self.bias is None else logits + self.bias[self.ids])[:, None]
 
     def _all(self, last: torch.Tensor) -> torch.Tensor:
-        parts = torch.split(self.known, _AT_ONCE)
-        logits = torch.cat([last @ self.rows.take(part).T for part in parts], 1)
-        return logits if self.bias is None else logits + self.bias[self.known]
+        parts = torch.split(self.rows.more, _AT_ONCE) if len(self.rows.more) else ()
+        logits = torch.cat([last @ self.rows.own.T, *(last @ part.to(last.dtype).T for part in parts)], 1)
+        return (logits if self.bias is None else logits + self.bias)[:, self.known]
 
     def masked(self, logits: torch.Tensor) -> torch.Tensor:
         """[batch, candidates] the logits that the model made of them, fp32, without candidates that stand twice."""

@@ -149,6 +149,32 @@ def test_the_recall_of_the_index_is_told_and_chooses_the_lists_to_search(made, m
         assert hits == share if share else hits < 1.0
 
 
+def test_an_index_turned_by_what_is_asked_finds_more_and_leaves_products_alone(tmp_path):
+    from regraft.plugins.tokenizer_retrofit.large.index import build_index, likeliest, measure, turning
+
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(3000, 32, generator=generator)
+    asked = torch.randn(400, 32, generator=generator) * torch.linspace(0.02, 3, 32) ** 2
+    turn, back = turning(asked[:200], 32)
+    products = asked[200:] @ rows.T
+    assert torch.allclose((asked[200:] @ back) @ (rows @ turn).T, products, atol=1e-3)
+    moment = (asked[:200] @ back).T @ (asked[:200] @ back) / 200
+    assert torch.linalg.eigvalsh(moment).max() < 1.0
+
+    def vectors():
+        yield torch.arange(3000) + 7, rows
+
+    found = {}
+    wanted = likeliest(vectors, asked[200:])
+    assert torch.equal(wanted[:, 0], products.argmax(-1) + 7)
+    for name, by in (("plain", None), ("turned", asked[:200])):
+        build_index(vectors, total=3000, width=32, lists=30, storage="float32", seed=1, file=tmp_path / name, asked=by)
+        found[name] = list(measure(tmp_path / name, asked[200:], wanted, 10))
+        assert found[name][-1].first == 1.0
+    assert found["turned"][2].probes == 4
+    assert found["turned"][2].first > found["plain"][2].first + 0.1
+
+
 def test_the_end_of_a_text_is_reached_wherever_the_index_looks(made, model, runtime):
     head = model.get_output_embeddings().weight
     before = head.detach().clone()
