@@ -70,7 +70,7 @@ def _by_key(given: list[str]) -> dict[str, Path]:
     for text in given:
         key, sign, path = text.partition("=")
         if not (key and sign and path):
-            raise UsageError("says not what is where", where=f"--data {text}", expected="STEP.KEY=PATH",
+            raise UsageError("does not say which input is where", where=f"--data {text}", expected="STEP.KEY=PATH",
                              remedy="write, for instance, --data honest.data=truthfulqa.jsonl")  # fmt: skip
         found[key] = Path(path).expanduser()
     return found
