@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def clocks(scene: Scene, *, kinds: Sequence[str] = tuple(JUMPS), training: bool = True) -> str:
-    """Kinds of odd clocks, and times of files that lie far away."""
+    """Kinds of odd clocks; with `training` for a training too, and times of files that lie far away."""
     recipes = [scene.recipe, *([scene.training] if training else [])]
     for recipe in recipes:
         scene.clear()
@@ -36,8 +36,10 @@ def clocks(scene: Scene, *, kinds: Sequence[str] = tuple(JUMPS), training: bool 
             scene.check(when, must_exist=True, work=False)
             unlike(expected, digests(scene.target), when)
     scene.clear()
-    _old_files(scene)
-    return f"{len(kinds)} odd clocks for {len(recipes)} recipes, and files of 1970 and 2100: the same bytes"
+    if training:
+        _old_files(scene)
+    old = ", and files of 1970 and 2100" if training else ""
+    return f"{len(kinds)} odd clocks for {len(recipes)} recipes{old}: the same bytes"
 
 
 def _old_files(scene: Scene) -> None:
