@@ -1,10 +1,14 @@
 """Tiny checkpoints that many tests read; a test that changes one takes a copy."""
 
+import os
 import shutil
 
 import pytest
 
 from tests.families import save_tiny
+
+os.environ["REGRAFT_CACHE_SIZE"] = "0"
+"""No results of steps from one test in another, nor in the second of two runs that a test compares."""
 
 
 @pytest.fixture(scope="session")
