@@ -47,7 +47,9 @@ class Steer(Transformation[SteerParams]):
         import torch
         from safetensors.torch import save_file
 
-        size = int(checkpoint.config["hidden_size"])
+        from regraft.core.architectures import architecture_of
+
+        size = architecture_of(checkpoint.config, checkpoint.specs).hidden_size
         vector = torch.randn(size, generator=torch.Generator().manual_seed(0))
         save_file({"layers.0.mlp_out": 0.1 * vector}, folder / "vectors.safetensors")
         return {"vectors": str(folder / "vectors.safetensors")}

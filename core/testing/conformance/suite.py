@@ -73,7 +73,7 @@ def conform(
     only: Sequence[str] = (),
     listen: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
-    """Run the checks on `subject`, one after another.
+    """Run the checks on `subject`, one after another; where the first fails, no other.
 
     Args:
         subject: what is tried.
@@ -90,14 +90,12 @@ def conform(
         check(name)
     outcomes: list[Outcome] = []
     for one in _chosen(chosen):
-        if outcomes and outcomes[0].status == "failed" and outcomes[0].check == CHECKS[0].name:
-            outcome = Outcome(one.name, "not applicable", f"{CHECKS[0].name} failed")
-        elif one.name in reasons:
-            outcome = Outcome(one.name, "not applicable", reasons[one.name])
-        else:
-            outcome = one.run(subject)
+        reason = reasons.get(one.name)
+        outcome = one.run(subject) if reason is None else Outcome(one.name, "not applicable", reason)
         outcomes.append(outcome)
         listen(outcome)
+        if one is CHECKS[0] and outcome.status == "failed":
+            break
     return outcomes
 
 

@@ -67,7 +67,7 @@ def test_where_the_example_does_not_hold_nothing_else_is_tried(tmp_path):
     subject = Subject(broken.WithoutExample, tmp_path, families=("llama",))
     outcomes = conform(subject, listen=heard.append)
     assert heard == outcomes
-    assert [outcome.status for outcome in outcomes] == ["failed", *["not applicable"] * (len(CHECKS) - 1)]
+    assert [(outcome.check, outcome.status) for outcome in outcomes] == [("has_an_example", "failed")]
     assert "give the class an `example`" in outcomes[0].message
 
 
