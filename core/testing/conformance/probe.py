@@ -45,9 +45,8 @@ def main() -> None:
     for job, facts in zip(jobs, found, strict=True):
         if job["light"]:
             facts["light"] = forked(partial(plan, job))
-    import torch
+    import torch  # noqa: F401
 
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     for job, facts in zip(jobs, found, strict=True):
         facts["applied"] = forked(partial(apply, job))
         if job["large"]:
@@ -101,8 +100,11 @@ def plan(job: Mapping[str, Any]) -> dict[str, Any]:
 
 def apply(job: Mapping[str, Any]) -> dict[str, Any]:
     """Apply to every base, in a current folder, a home and a folder for temporary files that are empty."""
+    import torch
+
     from regraft.core.testing.running import apply_recipe
 
+    torch.set_num_threads(job["torch_threads"])
     kind, watched = _kind(job), _watched(Path(job["scratch"]))
     threads, outputs = int(os.environ["OMP_NUM_THREADS"]), Path(job["outputs"])
     before = settings()

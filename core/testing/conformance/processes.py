@@ -129,8 +129,20 @@ def _job(subject: Subject, index: int) -> dict[str, Any]:
         "outputs": str(outputs),
         "scratch": str(subject.place("scratch")),
         "light": index == 0,
+        "torch_threads": _torch_threads(subject, index),
         "large": _large(subject) if index == 0 else None,
     }
+
+
+def _torch_threads(subject: Subject, index: int) -> int:
+    """Those of this process for a step that works by itself: a training's threads are part of its device."""
+    import torch
+
+    return torch.get_num_threads() if _works_by_itself(subject) else int(_SETTINGS[index][1])
+
+
+def _works_by_itself(subject: Subject) -> bool:
+    return bool(subject.applied().report.plan.steps[0].outline.workspace_bytes)
 
 
 def _plain(case: Case) -> dict[str, Any]:
@@ -143,8 +155,7 @@ def _outputs(subject: Subject, index: int) -> Path:
 
 def _large(subject: Subject) -> dict[str, Any] | None:
     """The case of a large base, for a step that neither works by itself nor says that its parameters do not fit."""
-    planned = subject.applied().report.plan.steps[0].outline
-    if planned.workspace_bytes:
+    if _works_by_itself(subject):
         return None
     case = subject.case_of(_large_base())
     return _plain(case) if subject.refusal(case) is None else None
