@@ -203,7 +203,7 @@ def _failed(step: str, error: Exception) -> PluginError:
 
 
 def paths_of(params: BaseModel) -> Iterator[tuple[str, Path]]:
-    """Every path that a step reads, with its key, such as `corpora[1]`; of data only what is no hub id."""
+    """Every path that a step reads, with its key, such as `corpora[1]`; of data and models only what is no hub id."""
     yield from _paths(params, "")
 
 
@@ -213,8 +213,9 @@ def _paths(value: Any, key: str) -> Iterator[tuple[str, Path]]:
     elif isinstance(value, DataSettings):
         yield from _paths([path for source in value.sources if (path := Path(source)).exists()], f"{key}.source")
     elif isinstance(value, BaseModel):
-        outputs = _output_keys(value)
-        yield from _paths({name: item for name, item in value if name not in outputs}, key)
+        outputs, references = _keys_of(value, "output-path"), _keys_of(value, "data", "model")
+        items = {name: _as_path(item) if name in references else item for name, item in value if name not in outputs}
+        yield from _paths(items, key)
     elif isinstance(value, Mapping):
         for name, item in value.items():
             yield from _paths(item, f"{key}.{name}" if key else str(name))
@@ -223,18 +224,24 @@ def _paths(value: Any, key: str) -> Iterator[tuple[str, Path]]:
             yield from _paths(item, f"{key}[{index}]")
 
 
+def _as_path(reference: Any) -> Any:
+    """A data set or a model on this machine as its path; a hub id and anything else as it is."""
+    return path if isinstance(reference, str) and (path := Path(reference).expanduser()).exists() else reference
+
+
 def outputs_of(params: BaseModel) -> Iterator[tuple[str, Path]]:
     """Every path that a step writes beside the output, such as a log, with its key."""
-    keys = _output_keys(params)
+    keys = _keys_of(params, "output-path")
     yield from ((name, value) for name, value in params if name in keys and value is not None)
     for name, value in params:
         if isinstance(value, BaseModel):
             yield from ((f"{name}.{key}", path) for key, path in outputs_of(value))
 
 
-def _output_keys(params: BaseModel) -> set[str]:
+def _keys_of(params: BaseModel, *formats: str) -> set[str]:
+    """The keys whose values are references of these formats."""
     shape = shape_of(type(params))
-    return {name for name, _ in params for node in shape.at((name,), {}) if node.get("format") == "output-path"}
+    return {name for name, _ in params for node in shape.at((name,), {}) if node.get("format") in formats}
 
 
 @dataclass(frozen=True)

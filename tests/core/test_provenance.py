@@ -12,7 +12,7 @@ from regraft.core.data.settings import Data
 from regraft.core.errors import InputError
 from regraft.core.provenance import data_digests, environment, model_card, package_version, sha256
 from regraft.core.realised import Realised
-from regraft.core.recipe.references import OutputPath
+from regraft.core.recipe.references import DataReference, ModelReference, OutputPath
 from regraft.core.transformation import Params
 from tests.adapters import write_adapter
 from tests.checkpoints import write_checkpoint
@@ -186,6 +186,9 @@ def test_data_digests(tmp_path):
         count: int = 3
         log: OutputPath | None = None
         data: Data | None = None
+        rows: DataReference | None = None
+        vision: ModelReference | None = None
+        other: ModelReference | None = None
 
     (tmp_path / "corpus.txt").write_text("abc")
     (tmp_path / "folder" / "inner").mkdir(parents=True)
@@ -193,12 +196,15 @@ def test_data_digests(tmp_path):
     corpora = (tmp_path / "nowhere", tmp_path / "corpus.txt")
     given = {"corpus": tmp_path / "corpus.txt", "folder": tmp_path / "folder", "corpora": corpora}
     data = {"source": ["org/name", str(tmp_path / "corpus.txt")]}
-    found = data_digests(Files(**given, log=tmp_path / "corpus.txt", data=data))
+    references = {"rows": str(tmp_path / "corpus.txt"), "vision": str(tmp_path / "folder"), "other": "org/model"}
+    found = data_digests(Files(**given, log=tmp_path / "corpus.txt", data=data, **references))
     assert found == {
         "corpora[1]": hashlib.sha256(b"abc").hexdigest(),
         "data.source[0]": hashlib.sha256(b"abc").hexdigest(),
         "corpus": hashlib.sha256(b"abc").hexdigest(),
         "folder": {"inner/a.txt": hashlib.sha256(b"a").hexdigest()},
+        "rows": hashlib.sha256(b"abc").hexdigest(),
+        "vision": {"inner/a.txt": hashlib.sha256(b"a").hexdigest()},
     }
     with pytest.raises(InputError, match="cannot be read"):
         sha256(tmp_path)
