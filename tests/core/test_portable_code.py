@@ -58,7 +58,8 @@ class Evil(str):
     "value",
     [
         'a"b', "a'b", "a\\b", "a\nb", "$x", "{x}", "a;b", "a(b)", "é", "a\0",
-        float("nan"), float("inf"), 1j, b"a", {1}, pytest.param(object(), id="object"), int, Evil("x"), np.int64(1), np.float32(1), Path("a"),
+        float("nan"), float("inf"), 1j, b"a", {1}, pytest.param(object(), id="object"), int, Evil("x"), np.int64(1),
+        np.float32(1), Path("a"),
         {1: 2}, {"a'": 1}, [1, ["'"]], ({"a": float("nan")},),
     ],
     ids=repr,
