@@ -42,7 +42,7 @@ def tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def fail(error: Exception, *, as_json: bool) -> int:
+def fail(error: BaseException, *, as_json: bool) -> int:
     """Say what went wrong; gives the exit code."""
     if not isinstance(error, RegraftError):
         remedy = "run again with --traceback and report it"

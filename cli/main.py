@@ -136,15 +136,20 @@ def _settle(given: list[str]) -> Any:
         code = ending.code
     except (SystemExit, BrokenPipeError) as ending:
         code = _ended(ending)
-    except Exception as error:
-        if "--traceback" in given:
+    except BaseException as error:
+        if "--traceback" in given or not (isinstance(error, Exception) or _panics(error)):
             raise
         code = _failed(given, error)
     ignore()
     return code
 
 
-def _failed(given: list[str], error: Exception | None) -> int:
+def _panics(error: BaseException) -> bool:
+    """Whether it comes from Rust code that gave up, as tokenizers may on a hostile file: its class is no Exception."""
+    return type(error).__name__ == "PanicException"
+
+
+def _failed(given: list[str], error: BaseException | None) -> int:
     """Say what went wrong, unless another process of the same run has done so; gives the exit code. None: a signal."""
     as_json = "--json" in given
     code = error.exit_code if isinstance(error, RegraftError) else INTERRUPTED if error is None else 1

@@ -149,3 +149,16 @@ def test_a_plugin_s_commands(monkeypatch):
     assert "Greets." not in done("--help").out
     monkeypatch.setattr("regraft.core.host.third_party_installed", lambda: True)
     assert "Greets." in done("--help").out
+
+
+def test_rust_code_that_gives_up_is_an_error_like_any_other(monkeypatch):
+    class PanicException(BaseException):
+        pass
+
+    def panic():
+        raise PanicException("called `Option::unwrap()` on a `None` value")
+
+    monkeypatch.setattr("regraft.core.recipe.shipped.shipped_names", panic)
+    ran = regraft("recipes")
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.startswith("error: unexpected PanicException: called `Option")
