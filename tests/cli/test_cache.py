@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from regraft.core.cache_folder import CacheFolder
-from tests.core.test_cache import HOST, ONE, TWO
+from tests.core.learning import HOST, ONE, TWO
 from tests.running import done, regraft, write_recipe
 
 

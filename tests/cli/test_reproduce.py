@@ -8,7 +8,7 @@ import pytest
 
 from regraft.core.environment import differences
 from tests.adapters import write_adapter
-from tests.core.test_cache import HOST, ONE, RAN
+from tests.core.learning import HOST, ONE, RAN
 from tests.running import ABF, done, regraft, tree, write_recipe
 
 LOCK = "regraft.lock.json"
