@@ -8,19 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from regraft.core.buffers import CHUNK_BYTES
 from regraft.core.checkpoint import CONFIG, Checkpoint
 from regraft.core.errors import TransformationError, Unsupported
-from regraft.core.fourbit import NF4
 from regraft.core.layout import lay_out
 from regraft.core.patch import overlay
-from regraft.core.quantised import int8_parts, nf4_parts
 from regraft.core.quantize import quantize_patch
 from regraft.core.sources.bitsandbytes import dequantise
 from regraft.core.sources.folder import open_folder
-from regraft.core.tensors import LazyTensor, MemoryTensor
+from regraft.core.tensors import MemoryTensor
 from regraft.core.writer import WriteOptions, Writer
-from regraft.kernels.four_bit import block_scales, decode, encode, pair_table
+from tests.core.quantising import METHODS, Opaque
 from tests.families import FAMILIES, save_tiny
 
 pytestmark = [
@@ -28,7 +25,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
 ]
 
-METHODS = ("nf4", "int8")
 QUANTISED_FAMILIES = [family for family in FAMILIES if family != "falcon"]
 WHOLE_BLOCKS = {"intermediate_size": 128}
 """Rows of whole blocks: with others bitsandbytes' CPU kernels fail (see core/fourbit.py)."""
@@ -221,27 +217,6 @@ def test_a_doubly_quantised_weight_keeps_its_codes(tmp_path):
     assert f"{weight}.nested_absmax" not in again.specs
 
 
-class Opaque(LazyTensor):
-    """A tensor that does not tell where it comes from, and perhaps can only be had whole."""
-
-    def __init__(self, tensor, *, row_local=True):
-        self.spec, self.tensor, self.local, self.computed = tensor.spec, tensor, row_local, 0
-
-    @property
-    def row_local(self):
-        return self.local
-
-    def open(self, device="cpu"):
-        read = self.tensor.open(device)
-
-        def counted(start, stop):
-            assert self.local or (start, stop) == (0, self.spec.rows)
-            self.computed += 1
-            return read(start, stop)
-
-        return counted
-
-
 def test_a_plan_needs_no_torch_and_is_exact(tmp_path):
     for family in ("llama", "gpt2", "qwen3_moe"):
         save_tiny(family, tmp_path / family)
@@ -267,98 +242,6 @@ def test_a_plan_needs_no_torch_and_is_exact(tmp_path):
         for method in METHODS:
             folder = write(quantised(base, method), tmp_path / f"{family}-{method}")
             assert (folder / "model.safetensors").stat().st_size == int(planned.pop(0))
-
-
-def matrix(rows: int, columns: int, dtype: str = "float32"):
-    """Random values, with a block of zeros, a tiny and a huge one."""
-    import torch
-
-    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
-    flat = weight.view(-1)
-    flat[: min(64, len(flat))] = 0
-    flat[128:192] *= 1e-30
-    flat[192:256] *= 1e3
-    return weight.to(getattr(torch, dtype))
-
-
-SHAPES = [(1, 1), (7, 37), (33, 100), (5, 64), (1, 130), (600, 300), (3, 140_001), (40, 5504)]
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_nf4_equals_bitsandbytes_piece_by_piece(shape, dtype):
-    import torch
-    from bitsandbytes.functional import quantize_4bit
-
-    weight = matrix(*shape, dtype)
-    expected, state = quantize_4bit(weight, quant_type="nf4")
-    codes, scales, table, text = nf4_parts(MemoryTensor("w", weight))
-    assert torch.equal(codes.load(), expected)
-    assert torch.equal(scales.load(), state.absmax)
-    packed = state.as_dict(packed=True)
-    assert torch.equal(table.load(), packed["quant_map"])
-    assert torch.equal(text.load(), packed["quant_state.bitsandbytes__nf4"])
-    for part, whole in ((codes, expected), (scales, state.absmax)):
-        step, read = max(1, part.spec.rows // 3), part.open()
-        pieces = [read(start, min(start + step, part.spec.rows)) for start in range(0, part.spec.rows, step)]
-        assert torch.equal(torch.cat(pieces), whole)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_int8_equals_bitsandbytes_row_by_row(shape, dtype):
-    import torch
-    from bitsandbytes.functional import int8_vectorwise_quant
-
-    weight = matrix(*shape, dtype)
-    weight[0] = 0.25
-    expected, scale, _ = int8_vectorwise_quant(weight.half())
-    codes, scales, form = int8_parts(MemoryTensor("m.weight", weight))
-    assert torch.equal(codes.load(), expected)
-    assert torch.equal(scales.load(), scale)
-    assert (scales.spec.name, form.spec.name, form.load().item()) == ("m.SCB", "m.weight_format", 0)
-    assert torch.equal(codes.open()(shape[0] // 2, shape[0]), expected[shape[0] // 2 :])
-
-
-def test_a_row_of_zeros_has_codes_of_zero():
-    import torch
-
-    codes, scales, _ = int8_parts(MemoryTensor("m.weight", torch.zeros(2, 8)))
-    assert not codes.load().any()
-    assert not scales.load().any()
-
-
-@pytest.mark.parametrize("parts", [nf4_parts, int8_parts], ids=METHODS)
-def test_a_weight_that_can_only_be_had_whole_is_computed_once_a_part(parts):
-    import torch
-
-    weight = matrix(700, 300)
-    whole = Opaque(MemoryTensor("m.weight", weight), row_local=False)
-    computed, direct = parts(whole)[:2], parts(MemoryTensor("m.weight", weight))[:2]
-    for part, expected in zip(computed, direct, strict=True):
-        assert not part.row_local
-        assert torch.equal(part.load(), expected.load())
-    assert whole.computed == 2
-    assert computed[0].held_bytes > 2 * whole.spec.nbytes
-
-
-def test_memory_held_beside_the_rows_is_small():
-    import torch
-
-    big = MemoryTensor("w", torch.empty(1, dtype=torch.bfloat16).expand(4096, 14336))
-    codes, scales = nf4_parts(Opaque(big))[:2]
-    assert max(codes.held_bytes, scales.held_bytes) <= 2 * CHUNK_BYTES
-
-
-def test_codes_and_scales_survive_the_round_trip():
-    """Every code of every byte, in blocks that hold the extremes."""
-    import torch
-
-    values = torch.tensor(NF4).repeat(8)
-    scales = block_scales(values, 64)
-    codes = encode(values, scales, 64, NF4)
-    assert codes.tolist() == [(2 * pair % 16) << 4 | (2 * pair % 16 + 1) for pair in range(64)]
-    assert torch.equal(decode(codes, scales, pair_table(NF4), 64, 128), values)
 
 
 def test_falcon_is_refused(tmp_path):
@@ -404,14 +287,3 @@ def test_notes_tell_what_was_done_and_what_bitsandbytes_cannot_run(tmp_path):
     assert done.startswith("14 linear layers are quantised to nf4")
     assert warning.startswith("2 of them have rows that are no multiple of 64")
     assert len(quantize_patch(base, "int8").notes) == 1
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("parts", [nf4_parts, int8_parts], ids=METHODS)
-def test_the_bytes_do_not_depend_on_the_device(parts):
-    import torch
-
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    for part in parts(MemoryTensor("m.weight", matrix(600, 320, "bfloat16"))):
-        assert torch.equal(part.load("cuda").cpu(), part.load("cpu")), part.spec.name
