@@ -8,9 +8,8 @@ import tomli
 
 from regraft.core.errors import RecipeError
 from regraft.core.recipe.schema import DIALECT, recipe_schema
+from tests.core.recipe.texts import BASE, MERGE
 
-BASE = '[base]\nmodel = "demo:tiny"\n'
-MERGE = '[[steps]]\nuse = "lora-merge"\nadapter = "demo:x"\n'
 LOFIT = '[[steps]]\nuse = "lofit"\ndata = "x"\n'
 
 VALID = [
