@@ -1,36 +1,22 @@
 """`dynamic-tokenization`: a checkpoint that is what it was, and a runtime in it that feeds the model merged tokens."""
 
-import importlib.util
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file
 
 from regraft.core.checkpoint import FileRef
 from regraft.core.errors import InputError, Unsupported
-from regraft.core.sources.hub import with_runtimes
 from regraft.core.sources.open import open_checkpoint
 from regraft.core.transformation import Run
 from regraft.plugins.tokenizer_retrofit.dynamic import DynamicTokenization as Step
 from regraft.plugins.tokenizer_retrofit.dynamic.params import DynamicTokenizationParams
-from regraft.plugins.tokenizer_retrofit.hypernet import open_hypernet, predict
-from tests.plugins.tokenizer_retrofit import test_hypernet, toys
-from tests.running import done, regraft, tree, write_recipe
-
-PROMPTS = ["De verzekering dekt de kosten van de verzekerde", "In the beginning was the word"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("dynamic")
-    (root / "corpus.txt").write_text(toys.DUTCH)
-    return root
+from tests.plugins.tokenizer_retrofit import toys
+from tests.plugins.tokenizer_retrofit.dynamic import PROMPTS, applied, language_model, runtime, without_regraft
+from tests.running import regraft, tree, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +41,6 @@ def bert(folder):
     return folder / "bert"
 
 
-def applied(root, base, name, **values):
-    """The checkpoint after the step, through the command line."""
-    recipe = write_recipe(root / f"{name}.toml", base, {"use": "dynamic-tokenization", **values})
-    done("apply", recipe, "-o", root / name)
-    return root / name
-
-
 @pytest.fixture(scope="module")
 def decoder(folder, base):
     return applied(folder, base, "decoder", reduction=0.6, corpus="corpus.txt")
@@ -70,24 +49,6 @@ def decoder(folder, base):
 @pytest.fixture(scope="module")
 def encoder(folder, bert):
     return applied(folder, bert, "encoder", merges=40)
-
-
-def runtime(checkpoint):
-    spec = importlib.util.spec_from_file_location(
-        f"runtime_of_{checkpoint.name}", checkpoint / "dynamic_tokenization" / "runtime.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def language_model(checkpoint):
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
-    model.generation_config.eos_token_id = None
-    return model
 
 
 def test_weights_tokenizer_and_config_are_those_of_the_base(base, decoder, bert, encoder):
@@ -194,118 +155,6 @@ def test_the_reduction_is_measured_on_the_corpus_and_chooses_the_merges(decoder,
     assert tree(again)["dynamic_tokenization/policy.json"] == tree(decoder)["dynamic_tokenization/policy.json"]
 
 
-def test_rows_of_the_table_are_used_for_the_tokens_that_it_has(folder, base):
-    made = applied(folder, base, "tabled", merges=400, corpus="corpus.txt", composer="table", table_size=30)
-    table = load_file(made / "dynamic_tokenization" / "composer.safetensors")
-    ends = table["ends"].tolist()
-    data = bytes(table["bytes"].tolist())
-    tokens = [data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-    assert len(tokens) == len(set(tokens)) == len(table["rows"]) == 30
-    model = language_model(made)
-    dynamic = runtime(made).DynamicTokenization(model)
-    rows = dynamic.composer.rows(tokens)
-    for token, row in zip(tokens, table["rows"], strict=True):
-        assert torch.equal(rows[token], row)
-    weight = model.get_input_embeddings().weight
-    means = [weight[list(dynamic.merger.spelling.ids(token))].mean(0) for token in tokens]
-    assert any(not torch.allclose(mean, rows[token], atol=1e-4) for mean, token in zip(means, tokens, strict=True))
-    batch = dynamic.encode_batch([toys.DUTCH])
-    places = [place for place, token in enumerate(batch.tokens[0]) if token.data in tokens]
-    assert places
-    for place in places:
-        assert torch.equal(batch.inputs_embeds[0, place], rows[batch.tokens[0][place].data])
-    (made / "dynamic_tokenization" / "composer.safetensors").unlink()
-    with pytest.raises(ValueError, match="is missing"):
-        runtime(made).DynamicTokenization(model)
-
-
-def test_a_second_policy_takes_the_place_of_the_first_with_its_table(folder, base):
-    first = {"use": "dynamic-tokenization", "merges": 4, "corpus": "corpus.txt", "composer": "table", "table_size": 9}
-    second = {"use": "dynamic-tokenization", "id": "second", "merges": 3}
-    done("apply", write_recipe(folder / "twice.toml", base, first, second), "-o", folder / "twice")
-    assert "dynamic_tokenization/composer.safetensors" not in tree(folder / "twice")
-    policy = json.loads((folder / "twice" / "dynamic_tokenization" / "policy.json").read_text())
-    assert (policy["merges"], policy["composer"]) == (3, "mean")
-
-
-def test_gemma_scales_the_rows_of_a_table_as_its_own(folder):
-    base = toys.save("gemma3_text", folder / "gemma", kind="piece-bpe")
-    made = applied(folder, base, "gemma-tabled", merges=50, corpus="corpus.txt", composer="table", table_size=20)
-    model = language_model(made)
-    dynamic = runtime(made).DynamicTokenization(model)
-    table = load_file(made / "dynamic_tokenization" / "composer.safetensors")
-    token = bytes(table["bytes"][: table["ends"][0]].tolist())
-    scale = float(model.get_input_embeddings().embed_scale)
-    assert scale > 1
-    assert torch.allclose(dynamic.composer.rows([token])[token], table["rows"][0] * scale)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"separate_out_embeddings": True, "hn_predict_bias": True}, {"hn_concat_last_hidden_state": True},
-     {"hn_embed_lang_id": True, "n_langs": 3}],
-    ids=["tied", "separate", "concatenated", "language"],
-)  # fmt: skip
-def test_a_carried_hypernetwork_predicts_what_the_trainers_does(folder, base, tmp_path, changes):
-    separate = "separate_out_embeddings" in changes
-    settings = {"folder": str(test_hypernet.save(tmp_path / "net", **changes))}
-    if "n_langs" in changes:
-        settings["language"] = 2
-    if separate:
-        base = toys.save("llama", tmp_path / "untied", tie_word_embeddings=False)
-    made, step = tmp_path / "made", Step()
-    given = DynamicTokenizationParams.model_validate({"merges": 50, "composer": "hypernet", "hypernet": settings})
-    patch = step.apply(open_checkpoint(base), given, Run("dynamic"))
-    assert step.plan(open_checkpoint(base), given).deviations(patch) == []
-    shutil.copytree(base, made)
-    (made / "dynamic_tokenization").mkdir()
-    for name, file in patch.files.items():
-        file.copy_to(made / name)
-    model = language_model(made)
-    dynamic = runtime(made).DynamicTokenization(model)
-    batch = dynamic.encode_batch(PROMPTS)
-    merged = [(row, place - len(text), token.data) for row, text in enumerate(batch.tokens)
-              for place, token in enumerate(text) if len(token.ids) > 1]  # fmt: skip
-    spelled = [dynamic.merger.spelling.ids(data) for _, _, data in merged]
-    assert max(map(len, spelled)) > test_hypernet.CONFIG["hn_surface_maxlen"]
-    tables = [model.get_input_embeddings().weight, *([model.get_output_embeddings().weight] if separate else [])]
-    network = open_hypernet(tmp_path / "net")
-    wanted, _, _ = predict(network, spelled, torch.cat(tables, 1).detach(), settings.get("language"))
-    found = torch.stack([batch.inputs_embeds[row, place] for row, place, _ in merged])
-    torch.testing.assert_close(found, wanted)
-    if not changes:
-        assert without_regraft(made) == "1"
-
-
-def test_hypernetworks_of_other_models_are_refused(tmp_path):
-    base = toys.save("llama", tmp_path / "tied", tie_word_embeddings=True)
-    for name, changes, words in (
-        ("narrow", {"n_embd": 32}, "another model"),
-        ("separate", {"separate_out_embeddings": True}, "a head of its own"),
-        ("lingual", {"hn_embed_lang_id": True, "n_langs": 3}, "reads a language"),
-    ):
-        settings = {"folder": str(test_hypernet.save(tmp_path / name, **changes))}
-        given = DynamicTokenizationParams.model_validate({"merges": 5, "composer": "hypernet", "hypernet": settings})
-        with pytest.raises((InputError, Unsupported), match=words):
-            Step().apply(open_checkpoint(base), given, Run("dynamic"))
-
-
-def test_the_table_survives_another_rewrite_and_the_hub(folder, base, tmp_path):
-    from huggingface_hub.utils import filter_repo_objects
-
-    first = {"use": "dynamic-tokenization", "merges": 4, "corpus": "corpus.txt", "composer": "table", "table_size": 9}
-    done("apply", write_recipe(folder / "tabled-once.toml", base, first), "-o", folder / "tabled-once")
-    again = write_recipe(folder / "rewritten.toml", folder / "tabled-once", dtype="float16")
-    done("apply", again, "-o", folder / "rewritten")
-    name = "dynamic_tokenization/composer.safetensors"
-    assert (folder / "rewritten" / name).read_bytes() == (folder / "tabled-once" / name).read_bytes()
-    runtime(folder / "rewritten").DynamicTokenization(language_model(folder / "rewritten"))
-    names = [*tree(folder / "tabled-once"), "other/model.safetensors", "dynamic_tokenization/weights.bin"]
-    fetched = set(filter_repo_objects(names, **with_runtimes(names)))
-    assert {name, "dynamic_tokenization/runtime.py", "model.safetensors"} <= fetched
-    assert not fetched & {"other/model.safetensors", "dynamic_tokenization/weights.bin"}
-
-
 def test_an_encoder_pads_right_and_labels_follow_the_left_part(encoder):
     from transformers import AutoModelForTokenClassification, AutoTokenizer
 
@@ -342,61 +191,6 @@ def test_an_encoder_pads_right_and_labels_follow_the_left_part(encoder):
         few.encode_batch(words, labels=[[0], [1]])
     with pytest.raises(ValueError, match="encoders"):
         dynamic.generate(PROMPTS)
-
-
-def test_xlm_r_with_a_table_is_read_as_ever_without_merges(folder):
-    from transformers import (
-        AutoModelForTokenClassification,
-        PreTrainedTokenizerFast,
-        XLMRobertaConfig,
-        XLMRobertaForTokenClassification,
-    )
-
-    tokenizer = toys.backend("unigram")
-    config = XLMRobertaConfig(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=200, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    XLMRobertaForTokenClassification(config).save_pretrained(folder / "xlmr")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>").save_pretrained(
-        folder / "xlmr"
-    )
-    made = applied(folder, folder / "xlmr", "xlmr-dynamic", merges=9, corpus="corpus.txt", composer="table")
-    model = AutoModelForTokenClassification.from_pretrained(made).eval()
-    module = runtime(made)
-    ids = [tokenizer.encode(prompt).ids for prompt in PROMPTS]
-    plain = module.DynamicTokenization(model, merges=0).encode_batch(PROMPTS)
-    width = max(map(len, ids))
-    padded = torch.tensor([[*one, *[0] * (width - len(one))] for one in ids])
-    with torch.no_grad():
-        native = model(padded, attention_mask=(padded != 0).long()).logits
-        assert torch.allclose(model(**plain.inputs()).logits[0], native[0], atol=1e-6)
-        assert torch.allclose(model(**plain.inputs()).logits[1, : len(ids[1])], native[1, : len(ids[1])], atol=1e-6)
-    shorter = module.DynamicTokenization(model).encode_batch(PROMPTS)
-    assert shorter.attention_mask.sum() < plain.attention_mask.sum()
-    assert all(
-        b"".join(text).strip().decode() == prompt for text, prompt in zip(shorter.token_bytes, PROMPTS, strict=True)
-    )
-
-
-def without_regraft(made):
-    """How many answers the runtime gives to one prompt in a process that cannot import regraft."""
-    program = f"""
-import sys
-sys.modules["regraft"] = None
-sys.path.insert(0, {str(made / "dynamic_tokenization")!r})
-from runtime import DynamicTokenization
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({str(made)!r})
-dynamic = DynamicTokenization(model)
-batch = dynamic.encode_batch(["De verzekerde"])
-print(dynamic.generate(["De verzekerde"], max_new_tokens=3, do_sample=False).shape[0], batch.token_bytes[0][1:])
-"""
-    ran = subprocess.run(
-        [sys.executable, "-I", "-c", program], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout.split(" ", 1)[0]
 
 
 def test_the_runtime_works_in_a_process_without_regraft(decoder):

@@ -4,15 +4,12 @@ import importlib.util
 import json
 import subprocess
 import sys
-from importlib.util import find_spec
 from itertools import pairwise
 
 import pytest
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from regraft.core.errors import InputError, Unsupported, UsageError
 from regraft.core.sources.open import open_checkpoint
 from regraft.core.transformation import Run
 from regraft.plugins.tokenizer_retrofit.hypernet import open_hypernet, predict
@@ -23,13 +20,6 @@ from tests.running import done, tree, write_recipe
 
 PROMPTS = ["De verzekering dekt de kosten van de verzekerde", "In the beginning was the word"]
 STEP = {"use": "large-vocabulary", "corpus": "corpus.txt", "size": 60, "min_count": 2, "queries": 64}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("large")
-    (root / "corpus.txt").write_text(toys.DUTCH)
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -149,32 +139,6 @@ def test_the_recall_of_the_index_is_told_and_chooses_the_lists_to_search(made, m
         assert hits == share if share else hits < 1.0
 
 
-def test_an_index_turned_by_what_is_asked_finds_more_and_leaves_products_alone(tmp_path):
-    from regraft.plugins.tokenizer_retrofit.large.index import build_index, likeliest, measure, turning
-
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(3000, 32, generator=generator)
-    asked = torch.randn(400, 32, generator=generator) * torch.linspace(0.02, 3, 32) ** 2
-    turn, back = turning(asked[:200], 32)
-    products = asked[200:] @ rows.T
-    assert torch.allclose((asked[200:] @ back) @ (rows @ turn).T, products, atol=1e-3)
-    moment = (asked[:200] @ back).T @ (asked[:200] @ back) / 200
-    assert torch.linalg.eigvalsh(moment).max() < 1.0
-
-    def vectors():
-        yield torch.arange(3000) + 7, rows
-
-    found = {}
-    wanted = likeliest(vectors, asked[200:])
-    assert torch.equal(wanted[:, 0], products.argmax(-1) + 7)
-    for name, by in (("plain", None), ("turned", asked[:200])):
-        build_index(vectors, total=3000, width=32, lists=30, storage="float32", seed=1, file=tmp_path / name, asked=by)
-        found[name] = list(measure(tmp_path / name, asked[200:], wanted, 10))
-        assert found[name][-1].first == 1.0
-    assert found["turned"][2].probes == 4
-    assert found["turned"][2].first > found["plain"][2].first + 0.1
-
-
 def test_the_end_of_a_text_is_reached_wherever_the_index_looks(made, model, runtime):
     head = model.get_output_embeddings().weight
     before = head.detach().clone()
@@ -227,21 +191,6 @@ def test_rows_are_those_of_the_initialiser_in_whatever_batches(
         assert torch.allclose(means[name].double(), exact, atol=1e-7)
 
 
-@pytest.mark.parametrize("storage", ["float32", "float16", "int8"])
-def test_the_same_step_gives_the_same_bytes(base, folder, tmp_path, storage):
-    given = {"corpus": str(folder / "corpus.txt"), "size": 20, "min_count": 2, "queries": 16, "storage": storage}
-    made = [
-        Step().apply(open_checkpoint(base), LargeVocabularyParams.model_validate(given), Run("x", cache=cache))
-        for cache in (tmp_path / "one", tmp_path / "two", None)
-    ]
-    for name, file in made[0].files.items():
-        assert file.read() == made[1].files[name].read() == made[2].files[name].read(), name
-    assert made[0].metrics == made[1].metrics
-    checkpoint = open_checkpoint(base)
-    outline = Step().plan(checkpoint, LargeVocabularyParams.model_validate(given))
-    assert outline.deviations(made[0]) == []
-
-
 @pytest.mark.parametrize(("family", "kind"), [("gemma2", "piece-bpe"), ("gpt2", "byte-bpe"), ("qwen3", "unigram")])
 def test_families_with_caps_scales_and_tied_heads_give_their_own_logits(tmp_path, runtime, family, kind):
     from transformers import AutoModelForCausalLM
@@ -284,39 +233,6 @@ def test_without_new_tokens_the_models_own_rows_are_searched(base, folder, tmp_p
     ids = torch.tensor([large.encode(PROMPTS[0])[0]])
     native = model.generate(ids, do_sample=False, max_new_tokens=8, suppress_tokens=large.policy["never"])
     assert large.generate(PROMPTS[:1], max_new_tokens=8) == [native[0, ids.shape[1] :].tolist()]
-
-
-def test_rows_by_the_hundred_thousand_do_not_fill_the_memory(tmp_path):
-    """100k rows of 512 numbers are 205 MB; making them may take 60."""
-    program = f"""
-import resource
-from pathlib import Path
-import torch
-from regraft.core.sources.open import open_checkpoint
-from regraft.plugins.tokenizer_retrofit.large import rows
-from regraft.plugins.tokenizer_retrofit.large.params import LargeVocabularyParams
-from regraft.plugins.tokenizer_retrofit.tables import Tables
-from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
-torch.set_num_threads(1)
-checkpoint = open_checkpoint({str(tmp_path / "base")!r})
-tables = Tables.of(checkpoint, TokenizerFile.of(checkpoint))
-params = LargeVocabularyParams(probes=1)
-few, many = ([(i % 300, i % 299, i % 7) for i in range(n)] for n in (5000, 100_000))
-path = Path({str(tmp_path)!r})
-rows.write_rows(path / "few", checkpoint, tables, few, params, print)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-rows.write_rows(path / "many", checkpoint, tables, many, params, lambda line: None)
-for piece in rows.pieces(path / "many", "embeddings"):
-    last = piece
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, float(last[-1].abs().sum()))
-"""
-    toys.save("llama", tmp_path / "base", hidden_size=512, intermediate_size=64, num_attention_heads=4, head_dim=16)
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=False)
-    assert ran.returncode == 0, ran.stderr
-    grown, last = map(float, ran.stdout.splitlines()[-1].split())
-    assert (tmp_path / "many").stat().st_size > 200e6
-    assert last > 0
-    assert grown < 60_000
 
 
 def test_the_runtime_works_in_a_process_without_regraft(made):
@@ -362,46 +278,3 @@ def test_changed_weights_are_warned_about_and_missing_files_named(made, model, r
     (copy / "large_vocabulary" / "rows.safetensors").unlink()
     with pytest.raises(ValueError, match=r"rows.safetensors is missing"):
         runtime.LargeVocabulary(model, copy)
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({}, "give probes"),
-        ({"size": 5, "probes": 1}, "size needs a corpus"),
-        ({"size": 5, "corpus": "c.txt", "tokens": __file__}, "size or tokens"),
-        ({"corpus": "c.txt", "init": "hypernet"}, "go together"),
-        ({"corpus": "c.txt", "probes": 3, "recall": 0.5}, "probes or recall"),
-        ({"probes": 3, "lists": 2}, "more probes than lists"),
-    ],
-)
-def test_keys_that_do_not_fit_are_refused(values, words):
-    with pytest.raises(ValidationError, match=words):
-        LargeVocabularyParams.model_validate(values)
-
-
-def test_what_cannot_be_done_is_said_by_name(base, folder, tmp_path, monkeypatch):
-    def refused(kind, words, where=base, **values):
-        step, checkpoint = Step(), open_checkpoint(where)
-        given = LargeVocabularyParams.model_validate(values)
-        with pytest.raises(kind, match=words):
-            step.check(checkpoint, given) or step.apply(checkpoint, given, Run("x", cache=tmp_path / words[:5]))
-
-    (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "old.txt").write_text("the\n")
-    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    refused(InputError, "no text", corpus=str(tmp_path / "empty.txt"), size=9)
-    refused(InputError, "no new token", tokens=str(tmp_path / "empty.txt"), probes=1)
-    refused(InputError, "no UTF-8 text", tokens=str(tmp_path / "binary.txt"), probes=1)
-    refused(UsageError, "fewer rows than lists", corpus=str(folder / "corpus.txt"), lists=10**6)
-    narrow = {"folder": str(test_hypernet.save(tmp_path / "narrow", n_embd=32, separate_out_embeddings=True))}
-    listed = {"tokens": str(folder / "words.txt"), "probes": 1, "init": "hypernet"}
-    (folder / "words.txt").write_text("verzekerde\n")
-    refused(InputError, "made for another model", hypernet=narrow, **listed)
-    tied = {"folder": str(test_hypernet.save(tmp_path / "tied"))}
-    refused(Unsupported, "another kind of head", hypernet=tied, **listed)
-    monkeypatch.setattr(
-        "regraft.plugins.tokenizer_retrofit.large.library.find_spec",
-        lambda name: None if name == "faiss" else find_spec(name),
-    )
-    refused(UsageError, r"(?s)needs faiss.*regraft\[faiss\]", corpus=str(folder / "corpus.txt"), size=9)
