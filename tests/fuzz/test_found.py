@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from tests.fuzz.contract import REFUSALS
 from tests.fuzz.mutations import HUGE
-from tests.fuzz.targets import REFUSALS, TARGETS
+from tests.fuzz.targets import TARGETS
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
 LLAMA3 = {**YARN, "rope_type": "llama3", "original_max_position_embeddings": 64, "low_freq_factor": 1,
