@@ -38,7 +38,7 @@ def reproduce(
     from regraft.core.errors import VerificationError
     from regraft.core.execute import Events
     from regraft.core.host import host
-    from regraft.core.reproduce import Whereabouts
+    from regraft.core.recorded_inputs import Whereabouts
     from regraft.core.reproduce import reproduce as run
 
     whereabouts = Whereabouts(base, _by_key(data or []), inputs)
