@@ -98,5 +98,3 @@ def blocks_of(text):
     from tests.manual.blocks import Block
 
     return Block("console", None, text)
-
-
