@@ -1,8 +1,8 @@
 """Judge decoding (Bachmann et al. 2025, arXiv 2501.19309; AutoJudge, arXiv 2504.20039) as a regraft plugin.
 
 Speculative decoding throws away every drafted token that the target would not have said itself, right or not. A linear
-head on the target's last hidden state learns which of them matter. The head goes into a file beside the weights, which
-stay as they are, with a decoding loop that needs torch, transformers and safetensors alone.
+head on the target's last hidden state learns which of them matter. It goes into a folder beside the weights, which stay
+as they are, with a decoding loop that needs torch, transformers and safetensors alone.
 
 Deviations: rows are labelled by the user, where AutoJudge mines them by replacing tokens and looking at the answer; the
 features are the target's state alone (its variant without the draft model's). Classes weigh the same (2501.19309).
@@ -34,8 +34,9 @@ from regraft import (
 
 regraft_api = ">=1,<2"
 
-HEAD = "judge.safetensors"
-CODE = "judge_decoding.py"
+FOLDER = "judge"
+HEAD, POLICY, CODE = f"{FOLDER}/head.safetensors", f"{FOLDER}/policy.json", f"{FOLDER}/runtime.py"
+"""A folder with policy.json and runtime.py is a runtime's, and later steps carry it whole."""
 
 
 class JudgeParams(Params):
@@ -79,11 +80,10 @@ class JudgeHead(Transformation[JudgeParams]):
             )
 
     def plan(self, checkpoint: Checkpoint, params: JudgeParams) -> Outline:
-        """Two files and a key of config.json; no tensor changes."""
+        """Three files; no tensor changes, and no config."""
         width = architecture_of(checkpoint.config, checkpoint.specs).hidden_size
         return Outline(
-            json={"config.json": {"judge": _settings(params)}},
-            files={HEAD: None, CODE: _code().nbytes},
+            files={HEAD: None, POLICY: _policy(params).nbytes, CODE: _code().nbytes},
             notes=(f"a head of {width + 1} numbers; see {CODE} for how to decode with it",),
         )
 
@@ -101,19 +101,19 @@ class JudgeHead(Transformation[JudgeParams]):
         fitted = fit(states, matters, params.held_out, params.c or C_GRID, run.seed_for("split"))
         head = save({"weight": fitted.weight[None].contiguous(), "bias": fitted.bias[None].contiguous()})
         return Patch(
-            json={"config.json": {"judge": _settings(params)}},
-            files={HEAD: FileRef(data=head), CODE: _code()},
+            files={HEAD: FileRef(data=head), POLICY: _policy(params), CODE: _code()},
             metrics={"rows": len(rows), "matter": int(matters.sum()), "c": fitted.c, "held_out_auc": fitted.auc},
             notes=(f"area under the ROC curve on held-out rows: {fitted.auc:.3f} (chance: 0.5)",),
         )
 
 
-def _settings(params: JudgeParams) -> dict[str, Any]:
-    return {"threshold": params.threshold, "features": "target", "layer": -1}
+def _policy(params: JudgeParams) -> FileRef:
+    policy = {"threshold": params.threshold, "features": "target", "layer": -1}
+    return FileRef(data=(json.dumps(policy, indent=2) + "\n").encode())
 
 
 def _code() -> FileRef:
-    return FileRef(data=files("regraft_judge").joinpath(CODE).read_bytes())
+    return FileRef(data=files("regraft_judge").joinpath(Path(CODE).name).read_bytes())
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

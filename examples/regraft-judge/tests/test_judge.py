@@ -11,7 +11,7 @@ from regraft import InputError, UsageError
 from regraft.testing import Conformance, apply_recipe, run_step, save_tiny, tiny, write_rows
 from regraft_judge import JudgeHead
 from regraft_judge.fit import area, fit, fold, regress
-from regraft_judge.judge_decoding import Judge, generate
+from regraft_judge.runtime import Judge, generate
 
 
 def judge(threshold, size=64):
@@ -98,11 +98,11 @@ def test_it_finds_what_matters():
 ROWS = [{"prompt": "one tw", "draft": letter, "matters": letter in "aeiou"} for letter in "abcdefghijklmnop"]
 SCRIPT = """
 import sys
-sys.path.insert(0, sys.argv[1])
+sys.path.insert(0, sys.argv[1] + "/judge")
 sys.modules["regraft"] = None
 import torch
 from transformers import AutoModelForCausalLM
-from judge_decoding import Judge, generate
+from runtime import Judge, generate
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
 found = generate(model, model, torch.tensor([[5, 9]]), Judge.load(sys.argv[1]), max_new_tokens=6, eos_token_id=-1)
 print(found.ids.shape[1], found.agreed)
@@ -119,8 +119,9 @@ def test_the_checkpoint_decodes_where_regraft_is_not(tmp_path):
     }
     report = apply_recipe(base, step, to=tmp_path / "out")
     assert 0 <= report.patches[0].metrics["held_out_auc"] <= 1
-    config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config["judge"] == {"threshold": 0.4, "features": "target", "layer": -1}
+    policy = json.loads((tmp_path / "out/judge/policy.json").read_text())
+    assert policy == {"threshold": 0.4, "features": "target", "layer": -1}
+    assert (tmp_path / "out/config.json").read_bytes() == (base / "config.json").read_bytes()
     ran = subprocess.run([sys.executable, "-c", SCRIPT, tmp_path / "out"], capture_output=True, text=True, check=True)
     assert ran.stdout.split() == ["8", "6"]
 

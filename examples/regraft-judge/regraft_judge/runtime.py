@@ -1,5 +1,8 @@
 """Speculative decoding with a judge (arXiv 2501.19309, 2504.20039). Needs torch, transformers and safetensors alone.
 
+    sys.path.insert(0, "checkpoint/judge")
+    from runtime import Judge, generate
+
     target = AutoModelForCausalLM.from_pretrained("checkpoint")
     draft = AutoModelForCausalLM.from_pretrained("small")
     found = generate(target, draft, ids, Judge.load("checkpoint"), max_new_tokens=200)
@@ -39,8 +42,8 @@ class Judge:
     @classmethod
     def load(cls, folder: str | Path, threshold: float | None = None) -> Judge:
         """The judge of a checkpoint; `threshold` in place of its own."""
-        settings = json.loads((Path(folder) / "config.json").read_text())["judge"]
-        tensors = load_file(Path(folder) / "judge.safetensors")
+        settings = json.loads((Path(folder) / "judge" / "policy.json").read_text())
+        tensors = load_file(Path(folder) / "judge" / "head.safetensors")
         return cls(tensors["weight"][0], tensors["bias"][0], settings["threshold"] if threshold is None else threshold)
 
     def matters(self, states: torch.Tensor) -> torch.Tensor:
