@@ -74,10 +74,8 @@ class JudgeHead(Transformation[JudgeParams]):
         read_rows(params.data)
         if params.c is not None and min(params.c) <= 0:
             raise UsageError("not a strength", where="c", expected="positive numbers", found=min(params.c))
-        if "judge" in checkpoint.config:
-            raise UsageError(
-                "the checkpoint has a judge already", where="config.json: judge", remedy="start from its base"
-            )
+        if POLICY in checkpoint.files:
+            raise UsageError("the checkpoint has a judge already", where=POLICY, remedy="start from its base")
 
     def plan(self, checkpoint: Checkpoint, params: JudgeParams) -> Outline:
         """Three files; no tensor changes, and no config."""
