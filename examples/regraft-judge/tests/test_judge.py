@@ -125,7 +125,7 @@ def test_the_checkpoint_decodes_where_regraft_is_not(tmp_path):
     ran = subprocess.run([sys.executable, "-c", SCRIPT, tmp_path / "out"], capture_output=True, text=True, check=True)
     assert ran.stdout.split() == ["8", "6"]
     with pytest.raises(UsageError, match="a judge already"):
-        run_step(JudgeHead, tmp_path / "out", {"data": str(rows)})
+        run_step(JudgeHead, tmp_path / "out", {"data": step["data"]})
 
 
 def test_refusals(tmp_path):
