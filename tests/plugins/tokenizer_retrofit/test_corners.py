@@ -299,3 +299,34 @@ def test_repaired_bytes_are_the_mean_of_all_rows_and_no_text_is_lost(tmp_path):
     assert patch.metrics["repaired_bytes"] == patch.metrics["unspelled"] == 4
     with pytest.raises(Unsupported, match="byte-level"):
         toys.retrofit(toys.save("llama", tmp_path / "pieces", "piece-bpe"), text, repair_bytes=True)
+
+
+def test_an_encoder_with_a_decoder_behind_it_is_refused_by_name(tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    rows = toys.backend("unigram").get_vocab_size()
+    config = T5Config(vocab_size=rows, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    toys.backend("unigram").save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "corpus.txt").write_text(toys.DUTCH)
+    with pytest.raises(Unsupported) as refusal:
+        toys.retrofit(tmp_path, tmp_path / "corpus.txt")
+    assert "t5" in str(refusal.value)
+    assert refusal.value.remedy
+
+
+def test_a_huge_line_is_cut_like_the_lines_it_holds(tmp_path):
+    """Half a million characters without a line break give the tokens of the same text with them."""
+    lines = toys.DUTCH.replace("\n\n", "\n").splitlines()
+    files = []
+    for name, between in (("line.txt", " "), ("lines.txt", "\n")):
+        files.append(tmp_path / name)
+        files[-1].write_text(between.join(lines * 400))
+    folder = toys.save("llama", tmp_path / "base")
+    added = []
+    for file in files:
+        before, after, _ = toys.retrofit(folder, file, size=30)
+        old = TokenizerFile.of(before).tokens
+        added.append({text for index, text in TokenizerFile.of(after).tokens.items() if index not in old})
+    assert len(added[0]) == 30
+    assert len(added[0] & added[1]) >= 28
