@@ -18,10 +18,14 @@ ONE_THREAD = {
 """For whatever computes twice to compare, or measures: no result of a step from an earlier run."""
 
 
-def install(session, *groups):
-    """The package, editable, and the named dependency groups, at the versions of constraints.txt."""
+def install(session, *groups, dependencies=True):
+    """The package, editable, with its dependencies, and the named groups, at the versions of constraints.txt."""
     wanted = nox.project.dependency_groups(PROJECT, *groups) if groups else ()
-    session.install("-q", "-c", "constraints.txt", "-e", ".", *wanted)
+    if dependencies:
+        session.install("-q", "-c", "constraints.txt", "-e", ".", *wanted)
+        return
+    session.install("-q", "-c", "constraints.txt", *wanted)
+    session.install("-q", "--no-deps", "-e", ".")
 
 
 @nox.session
@@ -58,7 +62,7 @@ def examples(session):
 @nox.session
 def lint(session):
     """Formatting, lint rules, import contracts, and the schemas of the workflows and of action.yml."""
-    install(session, "lint")
+    install(session, "lint", dependencies=False)
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
     session.run("lint-imports", "--no-cache")
@@ -85,7 +89,7 @@ def docs(session):
 @nox.session
 def build(session):
     """Build wheel and sdist after an editable install, and compare the wheel with the files on disk."""
-    install(session, "build")
+    install(session, "build", dependencies=False)
     target = Path(session.create_tmp()) / "dist"
     session.run("python", "-m", "build", "--outdir", str(target), ".", silent=True)
     session.run("python", "tests/packaging/compare_wheel.py", str(target))
