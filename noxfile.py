@@ -73,9 +73,9 @@ def lint(session):
 
 @nox.session
 def types(session):
-    """Type-check the whole package, strictly."""
+    """Type-check the whole package, and the fuzz targets, strictly."""
     install(session, "types")
-    session.run("mypy", "-p", "regraft", env={"MYPYPATH": ".hatch/editable"})
+    session.run("mypy", "-p", "regraft", "-p", "tests.fuzz", env={"MYPYPATH": ".hatch/editable:."})
 
 
 @nox.session

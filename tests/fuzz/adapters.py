@@ -36,7 +36,7 @@ def _merged(folder: Path) -> object:
     from regraft.plugins.lora_merge import LoraMerge
     from regraft.plugins.lora_merge.params import LoraMergeParams
 
-    params, checkpoint = LoraMergeParams(adapter=folder), open_checkpoint(base())
+    params, checkpoint = LoraMergeParams.model_validate({"adapter": folder}), open_checkpoint(base())
     LoraMerge().check(checkpoint, params)
     return LoraMerge().plan(checkpoint, params)
 

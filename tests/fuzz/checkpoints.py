@@ -154,9 +154,8 @@ def gguf_files() -> list[bytes]:
 
         return change
 
-    small = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2,
-             "num_key_value_heads": 1, "num_hidden_layers": 1}  # fmt: skip
-    model = tiny("llama", **small)
+    model = tiny("llama", vocab_size=16, hidden_size=8, intermediate_size=8, num_attention_heads=2,
+                 num_key_value_heads=1, num_hidden_layers=1)  # fmt: skip
     files = [
         write_model(scratch() / f"seed-{kind}.gguf", model, change=vocabulary(kind)).read_bytes()
         for kind in ("gpt2", "llama")

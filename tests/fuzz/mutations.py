@@ -12,7 +12,7 @@ from typing import Any
 Pick = Callable[[Sequence[Any]], Any]
 
 HUGE = 10**400
-VALUES = (
+VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 7, 64, 2**31, 2**53, 2**63, 2**64, HUGE, -HUGE, 0.0, 0.5, -0.0, 1e308, 1e-320,
     float("nan"), float("inf"), "", "a", "0", "1e999", "\0", "../../etc/passwd", "/etc/passwd", "\ud800", "é" * 300,
     "F32", "BF16", "I64", "[[", "(", "(a+)+$", "*", "LORA", "BPE", "<unk>", [], [[]], [0], [None], ["a", "a"], {},
@@ -106,10 +106,13 @@ def mutated_bytes(data: bytes, pick: Pick) -> bytes:
         case "cut":
             return data[:begin]
         case "extreme":
-            value = pick((b"\0" * width, b"\xff" * width, b"\xff" * (width - 1) + b"\x7f", b"\1" + b"\0" * (width - 1)))
+            value: bytes = pick(
+                (b"\0" * width, b"\xff" * width, b"\xff" * (width - 1) + b"\x7f", b"\1" + b"\0" * (width - 1))
+            )
             return data[:begin] + value + data[begin + width :]
         case "insert":
-            return data[:begin] + pick(WORDS) + data[begin:]
+            word: bytes = pick(WORDS)
+            return data[:begin] + word + data[begin:]
         case "repeat":
             return data[:begin] + data[begin : begin + 4 * width] * 3 + data[begin:]
     source = pick(range(len(data) + 1))

@@ -1,9 +1,11 @@
 """What fuzzing has found: each of these once ended in an exception of Python, in a panic, or not at all."""
 
 import json
+from collections.abc import Sequence
 
 import pytest
 
+from regraft.core.verify.folder import VerifyReport
 from tests.fuzz.contract import REFUSALS
 from tests.fuzz.mutations import HUGE
 from tests.fuzz.targets import TARGETS
@@ -13,7 +15,7 @@ LLAMA3 = {**YARN, "rope_type": "llama3", "original_max_position_embeddings": 64,
           "high_freq_factor": 1}  # fmt: skip
 
 
-def changed(name, seed, keys, value):
+def changed(name: str, seed: int, keys: Sequence[str | int], value: object) -> bytes:
     """An honest file with one value of its JSON replaced."""
     document = json.loads(TARGETS[name].seeds()[seed])
     container = document
@@ -54,7 +56,9 @@ def changed(name, seed, keys, value):
         ("training-state", 0, ["losses", 0], HUGE, "damaged"),
     ],
 )
-def test_a_value_of_another_kind_is_refused_by_name(name, seed, keys, value, words):
+def test_a_value_of_another_kind_is_refused_by_name(
+    name: str, seed: int, keys: Sequence[str | int], value: object, words: str
+) -> None:
     with pytest.raises(REFUSALS) as caught:
         TARGETS[name].read(changed(name, seed, keys, value))
     assert words in str(caught.value)
@@ -76,16 +80,18 @@ def test_a_value_of_another_kind_is_refused_by_name(name, seed, keys, value, wor
     ],
 )
 @pytest.mark.timeout(20)
-def test_a_hostile_config_is_neither_planned_on_for_ever_nor_a_plugins_fault(keys, value):
+def test_a_hostile_config_is_neither_planned_on_for_ever_nor_a_plugins_fault(
+    keys: Sequence[str | int], value: object
+) -> None:
     TARGETS["config"].survives(changed("config", 0, keys, value))
 
 
-def test_a_dictionary_that_is_no_text_is_refused():
+def test_a_dictionary_that_is_no_text_is_refused() -> None:
     with pytest.raises(REFUSALS, match="UTF-8"):
         TARGETS["word-vectors"].read(b"a b\n\xff\xfe c\n")
 
 
-def test_a_column_whose_name_is_no_text_is_refused():
+def test_a_column_whose_name_is_no_text_is_refused() -> None:
     data = TARGETS["parquet"].seeds()[0]
     with pytest.raises(REFUSALS, match="Parquet"):
         TARGETS["parquet"].read(data.replace(b"text", b"\xff\xfe\xff\xfe"))
@@ -99,7 +105,7 @@ def test_a_column_whose_name_is_no_text_is_refused():
         ("json-rows", rb'[{"text": "\ud800"}]'),
     ],
 )
-def test_half_a_character_in_data_is_refused(name, data):
+def test_half_a_character_in_data_is_refused(name: str, data: bytes) -> None:
     with pytest.raises(REFUSALS, match="surrogate"):
         TARGETS[name].read(data)
 
@@ -107,19 +113,20 @@ def test_half_a_character_in_data_is_refused(name, data):
 @pytest.mark.parametrize(
     "data", [b"perplexity:" + b"9" * 5000, b"choices:a\0.jsonl", b"perplexity:~nobody-there/a.txt"]
 )
-def test_a_task_with_an_impossible_path_is_refused(data):
+def test_a_task_with_an_impossible_path_is_refused(data: bytes) -> None:
     with pytest.raises(REFUSALS):
         TARGETS["task"].read(data)
 
 
-def test_a_file_that_a_lock_file_states_by_an_impossible_name_is_missing():
+def test_a_file_that_a_lock_file_states_by_an_impossible_name_is_missing() -> None:
     lock = json.loads(TARGETS["lock"].seeds()[0])
     lock["output"]["files"]["9" * 5000] = {"sha256": "0"}
     report = TARGETS["lock"].read(json.dumps(lock).encode())
+    assert isinstance(report, VerifyReport)
     assert any(finding.message == "a file is missing" for finding in report.faults)
 
 
-def test_a_saved_patch_that_contradicts_itself_is_no_plugins_fault():
+def test_a_saved_patch_that_contradicts_itself_is_no_plugins_fault() -> None:
     patch = json.loads(TARGETS["patch"].seeds()[0])
     edit = next(edit for edit in patch["edits"].values() if edit["operation"] == "scale-rows")
     edit["shape"][0] += 1

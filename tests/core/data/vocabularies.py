@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 TEXT = (
     "The capital of France is Paris. The capital of Spain is Madrid.\nQ: What is two and two? A: It is four.\n"
@@ -17,13 +18,15 @@ KINDS = ("characters", "byte-level", "byte-level-trimmed", "metaspace", "unigram
 
 
 @cache
-def tokenizer(kind: str, template: str | None = CHAT, bos: bool = True):
+def tokenizer(kind: str, template: str | None = CHAT, bos: bool = True) -> Any:
     """One of `KINDS`, with a chat template; it puts `<s>` before a text unless told not to."""
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
     backend = _backend(kind)
-    sequence = [processors.ByteLevel(trim_offsets=kind.endswith("trimmed"))] if kind.startswith("byte-level") else []
+    sequence: list[Any] = (
+        [processors.ByteLevel(trim_offsets=kind.endswith("trimmed"))] if kind.startswith("byte-level") else []
+    )
     if bos:
         ids = [("<s>", backend.token_to_id("<s>"))]
         sequence.append(processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=ids))
@@ -35,16 +38,16 @@ def tokenizer(kind: str, template: str | None = CHAT, bos: bool = True):
     return fast
 
 
-def _backend(kind):
+def _backend(kind: str) -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-    options = {"special_tokens": list(SPECIALS), "show_progress": False}
+    options: dict[str, Any] = {"special_tokens": list(SPECIALS), "show_progress": False}
     if kind == "unigram":
         backend = Tokenizer(models.Unigram())
         backend.normalizer = normalizers.NFKC()
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
         backend.decoder = decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(vocab_size=160, unk_token="<unk>", **options)
+        trainer: Any = trainers.UnigramTrainer(vocab_size=160, unk_token="<unk>", **options)
     else:
         backend = Tokenizer(models.BPE(unk_token="<unk>"))
         size = {"characters": 0}.get(kind, 400)
