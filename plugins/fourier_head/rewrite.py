@@ -14,7 +14,7 @@ from regraft.core.operations import Operation, RowFunction, Value
 from regraft.core.patch import Edit, Outline, Patch, overlay
 from regraft.core.specs import TensorSpec
 from regraft.core.tensors import MemoryTensor
-from regraft.core.training.footprint import state_bytes, training_bytes
+from regraft.core.training.footprint import shared_bytes, state_bytes, training_bytes
 from regraft.core.training.whole import learnable, refuse_quantised
 from regraft.core.transformation import Run
 from regraft.plugins.fourier_head.adapters import places
@@ -138,7 +138,7 @@ def outline(checkpoint: Checkpoint, params: FourierHeadParams) -> Outline:
     patch = without_tensors(checkpoint, aim, params)
     specs = head_specs(checkpoint, aim, params)
     notes, disk = list(_notes(aim, params)), 0
-    memory = 4 * (checkpoint.specs[aim.head].nbytes + checkpoint.specs[aim.embeddings].nbytes)
+    memory = apart = 4 * (checkpoint.specs[aim.head].nbytes + checkpoint.specs[aim.embeddings].nbytes)
     for name in ("calibrate", "train"):
         learn: LearnSettings | None = getattr(params, name)
         if learn is None:
@@ -156,10 +156,13 @@ def outline(checkpoint: Checkpoint, params: FourierHeadParams) -> Outline:
         trained = sum(math.prod(spec.shape) for spec in own.values())
         if learn.weights == "lora":
             trained += sum(learn.rank * sum(checkpoint.specs[key].shape) for key in places(aim.architecture))
-        memory = max(memory, training_bytes(checkpoint, trained, tokens=tokens))
+        needed = training_bytes(checkpoint, trained, tokens=tokens)
+        memory = max(memory, needed)
+        apart = max(apart, needed - (shared_bytes(trained) if learn.weights == "full" else 0))
         disk = max(disk, state_bytes(trained))
         notes.append(f"{name}: {_WEIGHTS[learn.weights]}, at most {learn.epochs} epochs, lr {learn.lr:g}")
-    return replace(Outline.of(patch), specs=specs, notes=tuple(notes), workspace_bytes=memory, scratch_bytes=disk)
+    return replace(Outline.of(patch), specs=specs, notes=tuple(notes), workspace_bytes=memory,
+                   shared_bytes=memory - apart, scratch_bytes=disk)  # fmt: skip
 
 
 def make_patch(checkpoint: Checkpoint, params: FourierHeadParams, run: Run) -> Patch:

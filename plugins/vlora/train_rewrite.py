@@ -11,7 +11,7 @@ from regraft.core.checkpoint import CONFIG, Checkpoint
 from regraft.core.errors import Unsupported, UsageError
 from regraft.core.host import host
 from regraft.core.patch import Outline
-from regraft.core.training.footprint import state_bytes, training_bytes
+from regraft.core.training.footprint import shared_bytes, state_bytes, training_bytes
 from regraft.core.training.whole import learnable, refuse_quantised
 from regraft.plugins.vlora.folder import GeneratorFolder, open_generator
 from regraft.plugins.vlora.places import check_model
@@ -105,6 +105,7 @@ def outline(checkpoint: Checkpoint, params: VloraTrainParams) -> Outline:
         workspace_bytes=_tower_bytes(params, aim.settings)
         + generator * _FP32
         + training_bytes(checkpoint, learnt, tokens=params.micro_batch * (params.data.max_tokens or _USUAL_TOKENS)),
+        shared_bytes=shared_bytes(learnt),
         scratch_bytes=state_bytes(learnt) + generator * _FP32,
         unrecorded=""
         if named or aim.settings.vision_tower is None

@@ -11,6 +11,8 @@ from regraft.core.data.examples import IGNORED, Example, ints
 from regraft.core.data.rows import Place
 from regraft.core.errors import InputError, UsageError
 from regraft.core.patch import overlay
+from regraft.core.training.footprint import shared_bytes
+from regraft.core.training.sharding import sharable
 from regraft.core.transformation import Run
 from regraft.plugins.fourier_head import FourierHead
 from regraft.plugins.fourier_head import fit as fitting
@@ -19,7 +21,7 @@ from regraft.plugins.fourier_head.export import Aim
 from regraft.plugins.fourier_head.loss import FollowLoss, Learner, TokenLoss
 from regraft.plugins.fourier_head.math import normalised_penalty
 from regraft.plugins.fourier_head.values import grid_of
-from tests.plugins.fourier_head.support import BINS, START, applied, base, params
+from tests.plugins.fourier_head.support import BINS, START, applied, base, params, planned
 
 CASES = {
     "linear gate": ("llama", {}, {}),
@@ -156,6 +158,22 @@ def test_training_everything(data, tmp_path):
     assert figures["final_loss"] < figures["first_loss"]
     model = Run("head").model(after, trust_remote_code=True)
     assert model(torch.tensor([[20, 21]])).logits.isfinite().all()
+
+
+def test_the_plan_knows_what_two_processes_share_out(data, tmp_path, monkeypatch):
+    """All that learns but the gate, which is a single row; of two stages the one that is not shared out counts too."""
+    before, given = base(tmp_path / "base"), []
+    monkeypatch.setattr(fitting, "train", lambda *values, **_: given.extend(values) or 1 / 0)
+    full, head = {"data": data, "weights": "full"}, {"data": data, "micro_batch": 500, "batch_size": 500}
+    with pytest.raises(ZeroDivisionError):
+        applied(before, train=full)
+    model, *_, learns = given
+    numbers = sum(one.parameter.numel() for one in sharable(model, learns, 2).values())
+    gate = before.config["hidden_size"] + 1
+    assert planned(before, train=full).shared_bytes == shared_bytes(numbers + gate)
+    alone, both = planned(before, calibrate=head), planned(before, calibrate=head, train=full)
+    assert alone.shared_bytes == 0
+    assert both.workspace_bytes - both.shared_bytes == alone.workspace_bytes
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])

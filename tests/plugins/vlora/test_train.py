@@ -18,7 +18,10 @@ from regraft.core.data.records import Completion
 from regraft.core.data.rows import Place
 from regraft.core.errors import InputError, Unsupported, UsageError
 from regraft.core.sources.open import open_checkpoint
+from regraft.core.training.footprint import shared_bytes
 from regraft.core.training.model import materialise_model, materialise_tokenizer
+from regraft.core.training.sharding import sharable
+from regraft.plugins.vlora import train_fit
 from regraft.plugins.vlora.train import VloraTrain
 from regraft.plugins.vlora.train_attach import Attached
 from regraft.plugins.vlora.train_own import OWN_WEIGHTS, own_generator, own_settings
@@ -220,6 +223,20 @@ def test_a_new_generator_has_the_types_that_can_be_merged(lesson, tiny_folder):
     assert 'output = "attached" alone' in outline.notes[1]
     with pytest.raises(Unsupported, match="experts"):
         VloraTrain().plan(open_checkpoint(tiny_folder("mixtral")), params(lesson, new=NEW))
+
+
+@pytest.mark.parametrize("stage", ["generator", "both"])
+def test_the_plan_knows_what_two_processes_share_out(stage, llama, lesson, monkeypatch):
+    """All that learns but the few numbers that stand in a single row."""
+    settings, given = params(lesson, train=stage), []
+    monkeypatch.setattr(train_fit, "train", lambda *values, **_: given.extend(values) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        learn(llama, settings)
+    model, *_, learns = given
+    outline = VloraTrain().plan(open_checkpoint(llama), settings)
+    rows = [one for one in learns.values() if one.parameter.shape[0] == 1]
+    numbers = sum(one.parameter.numel() for one in [*sharable(model, learns, 2).values(), *rows])
+    assert outline.shared_bytes == shared_bytes(numbers) < outline.workspace_bytes
 
 
 def chain(lesson, base, *more, **sizes):
