@@ -149,7 +149,7 @@ def apply(
     _check_logs(plan, target)
     if options.save_patches is not None:
         check_patch_folders(plan, options.save_patches, [target, *inputs_of(plan)])
-    check_resources(plan, target, link=options.link)
+    check_resources(plan, target, link=options.link, world=ours.world, here=_on_this_machine(plan, options, ours))
     device = _device(plan, options, ours)
     with workspace(target, restart=options.restart) as space, _saying_what_stays(space, events, ours):
         ours.announce(READY)
@@ -192,6 +192,11 @@ def attend(recipe: Recipe, target: Path, host: Host, options: ApplyOptions) -> N
     _write_weights(plan, ran, space, device, options, events)
     ours.wait(DONE)
     ours.part()
+
+
+def _on_this_machine(plan: Plan, options: ApplyOptions, ours: Processes) -> int:
+    """Processes that need this machine's memory: on CUDA what a step needs is the device's, each has its own."""
+    return ours.local_world if ours.local_world > 1 and _device(plan, options, ours) == "cpu" else 1
 
 
 def _device(plan: Plan, options: ApplyOptions, ours: Processes) -> str:

@@ -44,11 +44,13 @@ class Processes:
         rank: its number, from 0.
         world: how many there are.
         local_rank: its number on this machine, which is that of its CUDA device.
+        local_world: how many are on this machine, where torchrun says so.
     """
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
+    local_world: int = 1
 
     @property
     def first(self) -> bool:
@@ -157,7 +159,8 @@ def processes(environment: Mapping[str, str] = os.environ) -> Processes:
         if world <= 1:
             return Processes()
         rank = int(environment["RANK"])
-        ours = Processes(rank, world, int(environment.get("LOCAL_RANK", rank)))
+        local_rank, local_world = environment.get("LOCAL_RANK", rank), environment.get("LOCAL_WORLD_SIZE", "1")
+        ours = Processes(rank, world, int(local_rank), int(local_world))
         if not 0 <= ours.rank < ours.world or not {"MASTER_ADDR", "MASTER_PORT"} <= set(environment):
             raise KeyError("RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT")
     except (ValueError, KeyError) as error:

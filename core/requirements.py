@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from regraft.core.errors import ResourceError
+from regraft.core.per_process import per_process
 from regraft.core.plan import Plan
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -19,8 +20,15 @@ def worker_count(threads: int) -> int:
     return threads if threads > 0 else min(4, len(os.sched_getaffinity(0)))
 
 
-def check_resources(plan: Plan, target: Path, *, link: bool) -> None:
+def check_resources(plan: Plan, target: Path, *, link: bool, world: int = 1, here: int = 1) -> None:
     """Refuse before anything is written when disk or memory is short.
+
+    Args:
+        plan: of the run.
+        target: where the output goes.
+        link: whether untouched files are linked.
+        world: processes of the run.
+        here: those of them whose memory is this machine's.
 
     Raises:
         ResourceError: with what is needed and what there is.
@@ -36,13 +44,14 @@ def check_resources(plan: Plan, target: Path, *, link: bool) -> None:
             remedy="free some space, or choose another [output] path",
         )
     available = available_memory()
-    if available is not None and plan.memory_bytes > available:
+    needed = plan.memory_bytes if here == 1 else here * per_process(plan, world, link=link).memory_bytes
+    if available is not None and needed > available:
         raise ResourceError(
             "not enough memory",
             where=plan.base.label,
-            expected=f"{plan.memory_bytes} bytes",
+            expected=f"{needed} bytes" if here == 1 else f"{needed} bytes for {here} processes",
             found=f"{available} bytes available",
-            remedy="use fewer --threads, or a machine with more memory",
+            remedy=f"use fewer {'--threads' if here == 1 else 'processes'}, or a machine with more memory",
         )
 
 

@@ -12,11 +12,13 @@ TORCHRUN = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "l
 def test_of_the_environment():
     assert processes({}) == processes({"WORLD_SIZE": "1", "RANK": "0"}) == Processes()
     assert processes(TORCHRUN) == Processes(3, 4, 1)
+    assert processes({**TORCHRUN, "LOCAL_WORLD_SIZE": "2"}) == Processes(3, 4, 1, 2)
     assert not processes(TORCHRUN).first
 
 
 @pytest.mark.parametrize("change", [{"RANK": "4"}, {"RANK": "x"}, {"WORLD_SIZE": "many"}, {"RANK": None},
-                                    {"MASTER_ADDR": None}, {"LOCAL_RANK": "y"}])  # fmt: skip
+                                    {"MASTER_ADDR": None}, {"LOCAL_RANK": "y"},
+                                    {"LOCAL_WORLD_SIZE": "z"}])  # fmt: skip
 def test_a_contradiction(change):
     variables = {key: value for key, value in {**TORCHRUN, **change}.items() if value is not None}
     with pytest.raises(UsageError, match="does not say which process this is") as caught:
