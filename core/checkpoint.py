@@ -129,6 +129,18 @@ class Checkpoint:
         """The contents of generation_config.json; empty if there is none."""
         return self.json(GENERATION_CONFIG)
 
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The part of config.json that is about the language model: all of it, or its `text_config`."""
+        found = self.config.get("text_config")
+        return found if isinstance(found, dict) and found else self.config
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that the model's positions are meant for; None where config.json does not say."""
+        values = (self.text_config.get(key) for key in ("max_position_embeddings", "n_positions"))
+        return next((value for value in values if type(value) is int), None)
+
     def json(self, name: str) -> Mapping[str, Any]:
         """A JSON file of the checkpoint, by relative path; empty if there is none.
 

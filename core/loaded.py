@@ -84,10 +84,7 @@ class Opened:
     @property
     def window(self) -> int | None:
         """Tokens that its positions are meant for; None where config.json does not say."""
-        config = self.checkpoint.config
-        text = config.get("text_config") or config
-        values = (text.get(key) for key in ("max_position_embeddings", "n_positions"))
-        return next((value for value in values if type(value) is int), None)
+        return self.checkpoint.window
 
     def load(self) -> Loaded:
         """Make model and tokenizer.

@@ -31,7 +31,7 @@ def training_bytes(checkpoint: Checkpoint, trained: int | None = None, *, tokens
         ema: whether an average is kept.
     """
     numbers = sum(prod(spec.shape) for spec in checkpoint.specs.values()) if trained is None else trained
-    config = checkpoint.config.get("text_config", checkpoint.config)
+    config = checkpoint.text_config
     hidden = config.get("hidden_size") or config.get("n_embd") or 0
     layers = config.get("num_hidden_layers") or config.get("n_layer") or 0
     activations = _ACTIVATIONS * hidden * layers * tokens * _FP32 // 2

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import prod
-from typing import Any
 
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.measures.reading import SCORES
@@ -37,7 +35,7 @@ def _learning(checkpoint: Checkpoint) -> int:
 
 def probe_bytes(checkpoint: Checkpoint, target: int) -> int:
     """Host memory of a measurement at its peak: the model, attention scores, and two key-value caches."""
-    text: Mapping[str, Any] = checkpoint.config.get("text_config") or checkpoint.config
+    text = checkpoint.text_config
     heads, layers, hidden = (text.get(key) or 0 for key in ("num_attention_heads", "num_hidden_layers", "hidden_size"))
     width = text.get("head_dim") or hidden // max(1, heads)
     kept = 2 * layers * (text.get("num_key_value_heads") or heads) * width * target

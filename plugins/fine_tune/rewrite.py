@@ -54,7 +54,7 @@ def _counted(count: int, noun: str) -> str:
 
 
 def _check_window(checkpoint: Checkpoint, max_tokens: int | None) -> None:
-    window = _window(checkpoint)
+    window = checkpoint.window
     if window is not None and max_tokens is not None and max_tokens > window:
         raise UsageError(
             "sequences may not be longer than the model's window",
@@ -66,11 +66,4 @@ def _check_window(checkpoint: Checkpoint, max_tokens: int | None) -> None:
 
 
 def _length(checkpoint: Checkpoint) -> int:
-    return min(_window(checkpoint) or _USUAL_TOKENS, _USUAL_TOKENS)
-
-
-def _window(checkpoint: Checkpoint) -> int | None:
-    """Tokens that the model's positions allow, where config.json says so itself."""
-    config = checkpoint.config.get("text_config") or checkpoint.config
-    found = next((config[key] for key in ("max_position_embeddings", "n_positions") if config.get(key)), None)
-    return found if isinstance(found, int) else None
+    return min(checkpoint.window or _USUAL_TOKENS, _USUAL_TOKENS)

@@ -25,8 +25,7 @@ def check_window(checkpoint: Checkpoint, settings: SeriesSettings) -> None:
     Raises:
         UsageError: they are too long.
     """
-    most = next((value for key in ("max_position_embeddings", "n_positions")
-                 if type(value := checkpoint.config.get(key)) is int), None)  # fmt: skip
+    most = checkpoint.window
     needed = settings.context + settings.horizon
     if most is not None and needed > most:
         raise UsageError(

@@ -41,8 +41,7 @@ def outline(checkpoint: Checkpoint, params: HyperfittingParams) -> Outline:
 
 
 def _refuse_long(checkpoint: Checkpoint, params: HyperfittingParams) -> None:
-    config = checkpoint.config.get("text_config") or checkpoint.config
-    window = next((config[key] for key in ("max_position_embeddings", "n_positions") if config.get(key)), None)
+    window = checkpoint.window
     if window is None:
         return
     remedy = 'lower it, or extend the context first with `use = "context-extension"`'

@@ -47,6 +47,21 @@ def test_json_files_are_read_and_may_be_missing():
     assert caught.value.where == "m: config.json"
 
 
+@pytest.mark.parametrize(
+    ("config", "window"),
+    [
+        ({"max_position_embeddings": 64}, 64),
+        ({"n_positions": 32}, 32),
+        ({"text_config": {"max_position_embeddings": 16}, "max_position_embeddings": 64}, 16),
+        ({"text_config": "none", "max_position_embeddings": 64}, 64),
+        ({"max_position_embeddings": "64"}, None),
+        ({}, None),
+    ],
+)
+def test_the_window_is_that_of_the_language_model(config, window):
+    assert checkpoint(config).window == window
+
+
 def test_a_large_json_file_is_refused_before_it_is_read(tmp_path, monkeypatch):
     path = tmp_path / "config.json"
     path.touch()

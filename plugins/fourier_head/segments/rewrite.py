@@ -42,10 +42,8 @@ def check(checkpoint: Checkpoint, params: FourierHeadParams) -> None:
     settings = settings_of(params)
     _stock(checkpoint)
     refuse_quantised(checkpoint)
-    positions = next(
-        (checkpoint.config[key] for key in ("max_position_embeddings", "n_positions") if key in checkpoint.config), None
-    )
-    if isinstance(positions, int) and settings.count > positions:
+    positions = checkpoint.window
+    if positions is not None and settings.count > positions:
         raise UsageError(
             "the context has more segments than the model has positions", where="segments.context",
             expected=f"at most {positions} x {settings.length}", found=settings.context,
