@@ -66,6 +66,18 @@ class TrainOptions(Params):
     save_every: Annotated[int, Field(ge=1)] = 100
 
 
+class EpochOptions(TrainOptions):
+    """How weights learn from epochs of data; see `TrainOptions`.
+
+    Args:
+        shuffle: another order in every epoch.
+        drop_last: leave out the last batch of an epoch if it is not full.
+    """
+
+    shuffle: bool = True
+    drop_last: bool = True
+
+
 class TrainSettings(TrainOptions):
     """How weights learn.
 

@@ -14,7 +14,7 @@ from regraft.core.training.model import window_of
 from regraft.core.training.modes import resolve_precision
 from regraft.core.training.progress import telling
 from regraft.core.training.report import report_metrics, training_reports
-from regraft.core.training.settings import TrainSettings
+from regraft.core.training.settings import TrainOptions, TrainSettings
 from regraft.core.training.suitable import refuse_untrusted_code
 from regraft.core.transformation import Run
 from regraft.plugins.fine_tune.learning import learning, stored
@@ -60,8 +60,7 @@ def fit(checkpoint: Checkpoint, params: FineTuneParams, run: Run) -> Patch:
 
 
 def _settings(params: FineTuneParams, run: Run) -> TrainSettings:
-    given = {name: getattr(params.train, name) for name in type(params.train).model_fields}
-    options = {name: value for name, value in given.items() if name not in ("shuffle", "drop_last")}
+    options = {name: getattr(params.train, name) for name in TrainOptions.model_fields}
     return TrainSettings(**options, lr=params.rate, ema=params.ema, seed=run.seed_for("training"))
 
 

@@ -13,8 +13,9 @@ from regraft.core.data.load import Dataset, load_data
 from regraft.core.data.settings import DataSettings
 from regraft.core.errors import UsageError
 from regraft.core.training.head import Head
+from regraft.core.training.measured import held_out_sums
 from regraft.core.training.model import memory
-from regraft.core.training.modes import computing, reproducible, without_dropout
+from regraft.core.training.modes import without_dropout
 from regraft.core.training.objectives import CrossEntropy, Dpo, Objective, ReferencePass
 from regraft.core.transformation import Run
 from regraft.plugins.fine_tune.params import FineTuneParams
@@ -42,15 +43,9 @@ class Lesson:
 
     def mean_loss(self, head: Head, device: str, precision: str) -> float:
         """The loss over all batches of an epoch, without learning."""
-        objective, kind = self.objective(head), torch.device(device)
-        total, units = 0.0, 0
-        with torch.no_grad(), reproducible(kind), without_dropout(head.model), memory("measuring the held-out loss"):
-            for step in range(self.batches.per_epoch):
-                units += self.batches.units(step)
-                for piece in self.batches.micro(step, device):
-                    with computing(kind.type, precision):
-                        total += objective(piece)[0].item()
-        return total / units
+        with without_dropout(head.model):
+            sums, units = held_out_sums(self.objective(head), self.batches, device, precision)
+        return sums["loss"] / units
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from regraft.core.data.settings import Data
 from regraft.core.recipe.references import OutputPath
-from regraft.core.training.settings import TrainOptions
+from regraft.core.training.settings import EpochOptions
 from regraft.core.transformation import Params
 
 Task = Literal["sft", "text", "dpo"]
@@ -22,17 +22,10 @@ Text = Annotated[str, Field(min_length=1)]
 _RATES = {"sft": 1e-5, "text": 1e-5, "dpo": 1e-6}
 
 
-class FineTuneOptions(TrainOptions):
-    """What else decides how weights learn; see `TrainOptions`.
-
-    Args:
-        shuffle: another order of the sequences in every epoch.
-        drop_last: leave out the last batch of an epoch if it is not full.
-    """
+class FineTuneOptions(EpochOptions):
+    """What else decides how weights learn."""
 
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    shuffle: bool = True
-    drop_last: bool = True
 
 
 class FineTuneParams(Params):

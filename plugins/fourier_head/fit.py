@@ -8,8 +8,6 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
-import torch
-
 from regraft.core.checkpoint import Checkpoint, FileRef
 from regraft.core.data.batches import Batches, BatchSettings
 from regraft.core.data.examples import Example
@@ -17,8 +15,9 @@ from regraft.core.data.load import Dataset, load_data
 from regraft.core.errors import InputError, UsageError
 from regraft.core.patch import Patch
 from regraft.core.training.loop import Records, train
+from regraft.core.training.measured import held_out_sums
 from regraft.core.training.model import window_of
-from regraft.core.training.modes import computing, resolve_precision
+from regraft.core.training.modes import resolve_precision
 from regraft.core.training.objectives import Objective
 from regraft.core.training.progress import telling
 from regraft.core.training.report import report_metrics, training_reports
@@ -153,7 +152,6 @@ def _split(
     return order[kept:], order[:kept]
 
 
-@torch.no_grad()
 def _measured(
     objective: Objective, held_out: Sequence[Example], learn: LearnSettings, precision: str, run: Run
 ) -> dict[str, float]:
@@ -162,15 +160,7 @@ def _measured(
         return {}
     size = min(learn.micro_batch or learn.batch_size, len(held_out))
     batches = Batches(held_out, BatchSettings(batch_size=size, shuffle=False, drop_last=False))
-    sums: dict[str, float] = {"loss": 0.0}
-    tokens = 0
-    for step in range(len(batches)):
-        tokens += batches.units(step)
-        for piece in batches.micro(step, run.device):
-            with computing(run.device.partition(":")[0], precision):
-                loss, figures = objective(piece)
-            for name, value in {"loss": loss, **figures}.items():
-                sums[name] = sums.get(name, 0.0) + value.item()
+    sums, tokens = held_out_sums(objective, batches, run.device, precision)
     numbers = sums.pop("numbers", None)
     counts = {"number_nll": numbers, "text_nll": tokens - (numbers or 0)}
     return {name: value / (counts.get(name) or tokens) for name, value in sums.items()}

@@ -16,8 +16,9 @@ from regraft.core.data.settings import DataSettings
 from regraft.core.errors import InputError, Unsupported, UsageError
 from regraft.core.training.head import Head
 from regraft.core.training.loop import Records
-from regraft.core.training.model import memory, window_of
-from regraft.core.training.modes import computing, reproducible, resolve_precision
+from regraft.core.training.measured import held_out_sums
+from regraft.core.training.model import window_of
+from regraft.core.training.modes import resolve_precision
 from regraft.core.training.objectives import CrossEntropy, Dpo, Objective, ReferencePass
 from regraft.core.training.progress import telling
 from regraft.core.training.settings import TrainSettings
@@ -182,16 +183,7 @@ class Judge:
     batches: Batches
     objective: Objective
 
-    @torch.no_grad()
     def __call__(self) -> dict[str, float]:
         """`loss`, and for dpo `accuracy` and `margin`."""
-        device, sums, units = torch.device(self.lesson.device), dict[str, float](), 0
-        with reproducible(device), memory("measuring the held-out loss"):
-            for step in range(len(self.batches)):
-                units += self.batches.units(step)
-                for piece in self.batches.micro(step, self.lesson.device):
-                    with computing(device.type, self.lesson.precision):
-                        loss, figures = self.objective(piece)
-                    for name, value in {"loss": loss, **figures}.items():
-                        sums[name] = sums.get(name, 0.0) + value.item()
+        sums, units = held_out_sums(self.objective, self.batches, self.lesson.device, self.lesson.precision)
         return {name: value / units for name, value in sums.items()}

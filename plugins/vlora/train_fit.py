@@ -16,7 +16,7 @@ from regraft.core.training.model import window_of
 from regraft.core.training.modes import resolve_precision
 from regraft.core.training.progress import telling
 from regraft.core.training.report import report_metrics, training_reports
-from regraft.core.training.settings import TrainSettings
+from regraft.core.training.settings import TrainOptions, TrainSettings
 from regraft.core.training.suitable import refuse_untrusted_code
 from regraft.core.training.trained import trained_patch
 from regraft.core.training.weights import Trainable
@@ -108,8 +108,7 @@ def _generator(aim: Aim, run: Run) -> PerceptualGenerator:
 
 
 def _settings(params: VloraTrainParams, steps: ShownBatches, run: Run) -> TrainSettings:
-    given = {name: getattr(params.learning, name) for name in type(params.learning).model_fields}
-    options = {name: value for name, value in given.items() if name not in ("shuffle", "drop_last")}
+    options = {name: getattr(params.learning, name) for name in TrainOptions.model_fields}
     if "warmup_steps" not in params.learning.model_fields_set:
         options["warmup_steps"] = math.ceil(params.warmup * len(steps))
     return TrainSettings(**options, lr=params.rate, seed=run.seed_for("training"))

@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from regraft.core.data.batches import Batches, BatchSettings
 from regraft.core.data.settings import DataSettings
-from regraft.core.training.model import memory
-from regraft.core.training.modes import computing, reproducible
+from regraft.core.training.measured import held_out_sums
 from regraft.core.transformation import Run
 from regraft.plugins.vlora.train_data import ShownBatches, ShownData, load_shown
 from regraft.plugins.vlora.train_model import SeenAnswers
@@ -25,17 +22,11 @@ class Lesson:
     data: ShownData
     steps: ShownBatches
 
-    @torch.no_grad()
     def mean_loss(self, objective: SeenAnswers, device: str, precision: str) -> float:
         """The loss of a learnt token over all batches of an epoch, without learning."""
-        kind, total, units = torch.device(device), 0.0, 0
-        with reproducible(kind), memory("measuring the held-out loss"), objective.attached.attached():
-            for step in range(self.steps.per_epoch):
-                units += self.steps.units(step)
-                for piece in self.steps.micro(step, device):
-                    with computing(kind.type, precision):
-                        total += objective(piece)[0].item()
-        return total / units
+        with objective.attached.attached():
+            sums, units = held_out_sums(objective, self.steps, device, precision)
+        return sums["loss"] / units
 
 
 @dataclass(frozen=True)

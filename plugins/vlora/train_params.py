@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from regraft.core.data.settings import Data
 from regraft.core.recipe.references import ModelReference, OutputPath
-from regraft.core.training.settings import TrainOptions
+from regraft.core.training.settings import EpochOptions
 from regraft.core.transformation import Params
 
 Count = Annotated[int, Field(ge=1)]
@@ -47,17 +47,10 @@ class NewGenerator(Params):
     separate: bool = True
 
 
-class VloraLearning(TrainOptions):
-    """What else decides how weights learn; see `TrainOptions`.
-
-    Args:
-        shuffle: another order of the rows in every epoch.
-        drop_last: leave out the last batch of an epoch if it is not full.
-    """
+class VloraLearning(EpochOptions):
+    """What else decides how weights learn."""
 
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    shuffle: bool = True
-    drop_last: bool = True
 
 
 class VloraTrainParams(Params):
