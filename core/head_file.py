@@ -113,6 +113,27 @@ def check_heads(heads: Collection[Head], num_layers: int, num_heads: int, *, whe
             )
 
 
+def read_heads_of(path: Path, num_layers: int, num_heads: int, *, site: str = "head") -> HeadFile:
+    """The contents of the file `path`, chosen in a model of so many layers and heads, as far as it says.
+
+    Raises:
+        InputError: as `read_head_file`.
+        UsageError: it was chosen in a model of another shape; as `check_heads`.
+    """
+    file = read_head_file(path, site=site)
+    chosen_in = (file.num_layers or num_layers, file.num_heads or num_heads)
+    if chosen_in != (num_layers, num_heads):
+        raise UsageError(
+            "the heads were chosen in a model of another shape",
+            where=path,
+            expected=f"{num_layers} layers of {num_heads} heads",
+            found=f"{chosen_in[0]} layers of {chosen_in[1]} heads",
+            remedy="choose them in this model, or correct num_layers and num_heads if it is this one",
+        )
+    check_heads(file.heads, num_layers, num_heads, where=f"{path}: heads")
+    return file
+
+
 def _heads(path: Path, value: Any) -> tuple[Head, ...]:
     where = f"{path}: heads"
     if not isinstance(value, list) or not value:

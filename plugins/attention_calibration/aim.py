@@ -9,7 +9,7 @@ from pathlib import Path
 from regraft.core.architectures import architecture_of
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.errors import Unsupported, UsageError
-from regraft.core.head_file import Head, check_heads, read_head_file
+from regraft.core.head_file import Head, check_heads, read_heads_of
 from regraft.core.host import host
 from regraft.core.layers import layers_of
 from regraft.plugins.attention_calibration.families import Family, family_of, windowed_layers
@@ -63,18 +63,7 @@ def _given(heads: tuple[Head, ...] | Path, num_layers: int, num_heads: int) -> t
         if len(set(heads)) < len(heads):
             raise UsageError("a head is named twice", where="heads", found=sorted(heads), remedy="name each once")
         return heads
-    file = read_head_file(heads, site="head")
-    chosen_in = (file.num_layers or num_layers, file.num_heads or num_heads)
-    if chosen_in != (num_layers, num_heads):
-        raise UsageError(
-            "the table is of another model",
-            where=heads,
-            expected=f"{num_layers} layers of {num_heads} heads",
-            found=f"{chosen_in[0]} layers of {chosen_in[1]} heads",
-            remedy="search for heads in this model, or correct num_layers and num_heads if it is this one",
-        )
-    check_heads(file.heads, num_layers, num_heads, where=f"{heads}: heads")
-    return file.heads
+    return read_heads_of(heads, num_layers, num_heads).heads
 
 
 def _searched(params: AttentionCalibrationParams, num_layers: int, windowed: frozenset[int]) -> list[int]:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 from regraft.core.architectures import Architecture, architecture_of
 from regraft.core.checkpoint import Checkpoint
-from regraft.core.errors import UsageError
-from regraft.core.head_file import Head, HeadFile, check_heads, read_head_file, read_heads
+from regraft.core.head_file import Head, HeadFile, read_heads_of
 from regraft.core.host import host
 from regraft.core.layers import layers_of
 from regraft.plugins.lofit.math import head_count
@@ -53,29 +52,11 @@ class Aim:
         if params.heads_file is None:
             count = head_count(params.heads or DEFAULT_SHARE, total, len(layers) * units)
             return cls(architecture, layers, units, count)
-        file = _file(params, architecture.num_layers, units)
+        file = read_heads_of(params.heads_file, architecture.num_layers, units, site=params.site)
         inside = [head for head in file.heads if head[0] in layers]
         count = head_count(params.heads or max(1, len(inside)), total, len(inside))
         named = inside[:count]
         return cls(architecture, sorted({layer for layer, _ in named}), units, count, named, _scores(file, units))
-
-
-def _file(params: LofitParams, num_layers: int, units: int) -> HeadFile:
-    path = params.heads_file
-    assert path is not None
-    heads = read_heads(path, site=params.site)
-    check_heads(heads, num_layers, units, where=f"{path}: heads")
-    file = read_head_file(path)
-    chosen_in = (file.num_layers or num_layers, file.num_heads or units)
-    if chosen_in != (num_layers, units):
-        raise UsageError(
-            "the heads were chosen in a model of another shape",
-            where=path,
-            expected=f"{num_layers} layers of {units} heads",
-            found=f"{chosen_in[0]} layers of {chosen_in[1]} heads",
-            remedy="choose them in this model, or correct num_layers and num_heads if it is this one",
-        )
-    return file
 
 
 def _scores(file: HeadFile, units: int) -> dict[Head, float]:

@@ -225,7 +225,7 @@ def table_without_heads(questions, file):
 BAD_INPUT = [
     (one_class, 3, "every row has the same options and the same answer"),
     (too_few, 3, "too few questions"),
-    (table_of_another_model, 2, "the table is of another model"),
+    (table_of_another_model, 2, "a model of another shape"),
     (table_without_heads, 3, "the file names no heads"),
     (lambda questions, file: {"heads": [[2, 4]]}, 2, "there is no head 4 of layer 2"),
     (lambda questions, file: {"heads": [[2, 1], [2, 1]]}, 2, "a head is named twice"),
