@@ -214,10 +214,6 @@ class Recipe(_Frozen):
         """The same recipe, saying what it writes."""
         return self.model_copy(update={"output": self.output.model_copy(update={"format": form})})
 
-    def with_output(self, path: Path) -> Self:
-        """The same recipe, writing to `path`."""
-        return self.model_copy(update={"output": self.output.model_copy(update={"path": path})})
-
     def resolved(self, relative_to: Path | None = None) -> dict[str, Any]:
         """The whole recipe with defaults filled in, as plain JSON values; itself a valid recipe without `extends`.
 

@@ -86,7 +86,7 @@ class PrefixCache:
         last_mlp: Any | None = None,
     ) -> None:
         assert 0 < first < len(layers)
-        self.model, self.below, self.first_layer = head.model, list(layers[:first]), layers[first]
+        self.model, self.below = head.model, list(layers[:first])
         self.batches, self.precision, self.max_bytes, self.last_mlp = batches, precision, max_bytes, last_mlp
         self.device = next(head.model.parameters()).device
         self.head = PrefixHead(head.model, head.module, head.softcap, head.fused, self)

@@ -1,7 +1,7 @@
 """Comparing checkpoints: which tensors differ and by how much, and how the files differ."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from regraft.core.checkpoint import Checkpoint, FileRef
 from regraft.core.diff import Difference, TensorChange, compare_checkpoints
 from regraft.core.errors import InputError
-from regraft.core.operations import Convert, Operation
+from regraft.core.operations import Convert
 from regraft.core.patch import Edit, Patch, overlay
 from regraft.core.sources.folder import SINGLE, open_folder
 from regraft.core.tensors import MemoryTensor
 from tests.checkpoints import write_checkpoint
+from tests.core.writing import Flip
 
 
 @pytest.fixture(params=["on disk", "in memory"])
@@ -124,19 +125,6 @@ def test_nan_makes_the_distance_nan(make):
 def test_a_difference_from_zero_is_infinite_in_relation(make):
     change = only(compare_checkpoints(make({"x": torch.zeros(2)}), make({"x": torch.ones(2)})))
     assert change.relative == math.inf
-
-
-@dataclass(frozen=True)
-class Flip(Operation):
-    input: str
-    row_local = False
-
-    @property
-    def inputs(self):
-        return (self.input,)
-
-    def prepare(self, device):
-        return lambda start, stop, rows: rows.flip(0)
 
 
 def test_an_overlay_is_compared_before_it_is_written(make):

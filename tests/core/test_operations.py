@@ -12,6 +12,7 @@ from regraft.core.patch import Renamed
 from regraft.core.specs import TensorSpec
 from regraft.core.tensors import MemoryTensor, WeightFile, row_chunks
 from tests.checkpoints import bits
+from tests.core.writing import Flip
 
 
 def memory(name, *shape, dtype=torch.bfloat16, seed=0):
@@ -20,21 +21,6 @@ def memory(name, *shape, dtype=torch.bfloat16, seed=0):
 
 def computed(spec, operation, *inputs):
     return ComputedTensor(spec, operation, inputs)
-
-
-@dataclass(frozen=True)
-class Flip(Operation):
-    """The rows in reverse: needs the whole input."""
-
-    input: str
-    row_local = False
-
-    @property
-    def inputs(self):
-        return (self.input,)
-
-    def prepare(self, device):
-        return lambda start, stop, rows: rows.flip(0)
 
 
 @dataclass(frozen=True)

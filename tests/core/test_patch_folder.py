@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shutil
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,28 +13,14 @@ from hypothesis import strategies as st
 from regraft.core.checkpoint import FileRef
 from regraft.core.errors import InputError, PluginError, ResourceError, UsageError
 from regraft.core.low_rank import LowRankDelta
-from regraft.core.operations import Convert, Operation, ScaleRows, Value
+from regraft.core.operations import Convert, ScaleRows, Value
 from regraft.core.patch import Edit, Outline, Patch, overlay
 from regraft.core.patch_folder import load_patch, save_patch
 from regraft.core.sources.folder import open_folder
 from regraft.core.specs import TensorSpec
 from regraft.core.tensors import MemoryTensor
 from tests.checkpoints import bits, entry, file_bytes, same_bits, write_checkpoint
-
-
-@dataclass(frozen=True)
-class Flip(Operation):
-    """An operation of a stranger, without a kind."""
-
-    input: str
-    row_local = False
-
-    @property
-    def inputs(self):
-        return (self.input,)
-
-    def prepare(self, device):
-        return lambda start, stop, rows: rows.flip(0)
+from tests.core.writing import Flip
 
 
 def memory(*shape, seed=0, dtype=torch.float32):

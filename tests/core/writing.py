@@ -33,7 +33,7 @@ def tensors():
 
 @dataclass(frozen=True)
 class Flip(Operation):
-    """The rows in reverse: needs the whole input."""
+    """The rows in reverse: needs the whole input. As an operation of a stranger it has no kind."""
 
     input: str
     row_local = False

@@ -79,7 +79,6 @@ def test_defaults(load):
             "verify": "structure",
         },
     }
-    assert recipe.with_output(Path("x")).output.path == Path("x")
     assert recipe.output.path is None
 
 
