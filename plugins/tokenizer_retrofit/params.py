@@ -20,6 +20,7 @@ _USED = {
     "min_count": _LEARNT,
     "donor": ("replace-donor",),
     "add": ("add-tokens",),
+    "reserved": ("add-tokens",),
     "keep": ("trim",),
     "repair_bytes": ("extend",),
 }
@@ -134,7 +135,9 @@ class TokenizerRetrofitParams(Params):
         None, description="Pairs (trim: words) that stand in the corpus less often are left alone. Default 3; trim: 1."
     )
     max_length: Annotated[int, Field(ge=2)] = Field(
-        32, description="extend: characters of a new token, in the alphabet of the vocabulary: bytes where byte-level."
+        32,
+        description='extend, and boundary = "none": most characters of a new token, in the alphabet of the vocabulary: '
+        "bytes where byte-level.",
     )
     repair_bytes: bool = Field(
         False,
@@ -144,11 +147,22 @@ class TokenizerRetrofitParams(Params):
     algorithm: Literal["bpe", "unigram", "longest-match"] = Field(
         "bpe", description="replace-train: the model of the new vocabulary."
     )
+    boundary: Literal["pretoken", "none"] = Field(
+        "pretoken",
+        description='replace-train with algorithm = "bpe": what no token goes beyond. pretoken: the words that the '
+        "base cuts. none: lines, and numbers as the base cuts them; tokens may span words, and the pre-tokenizer is "
+        "another one.",
+    )
     donor: Path | None = Field(None, description="replace-donor: a folder with a tokenizer.json, or the file.")
     special: Literal["source", "donor"] = Field(
         "source", description="replace-donor: whose special tokens, beginnings and ends of texts the result has."
     )
     add: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), description="add-tokens: texts of the new tokens.")
+    reserved: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="add-tokens: take the places of tokens that were kept free for it, such as `[unused*]` (* stands for "
+        "any text), the lowest id first. Default: new rows.",
+    )
     add_special: bool = Field(True, description="add-tokens: leave them out when text is decoded for reading.")
     keep: tuple[str, ...] = Field((), description="trim: texts whose tokens stay, however rare.")
     init: Literal["subtoken-mean", "blend", "focus", "wechsel", "omp", "hypernet", "mean", "normal"] = Field(
@@ -183,6 +197,11 @@ class TokenizerRetrofitParams(Params):
         needed = [key for key in _NEEDED[self.vocabulary] if key not in given]
         if needed:
             raise ValueError(f'vocabulary = "{self.vocabulary}" needs {needed[0]}')
+        if self.boundary == "none" and (self.vocabulary, self.algorithm) != ("replace-train", "bpe"):
+            raise ValueError(
+                'boundary = "none" is for vocabulary = "replace-train" with algorithm = "bpe": it needs another '
+                "pre-tokenizer, by which the old tokens would cut old texts otherwise"
+            )
         if (self.init == "wechsel") != (self.vectors is not None):
             raise ValueError('init = "wechsel" and vectors go together')
         if (self.init == "hypernet") != (self.hypernet is not None):

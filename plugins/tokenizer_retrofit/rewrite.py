@@ -15,12 +15,15 @@ from regraft.core.training.footprint import state_bytes, training_bytes
 from regraft.core.transformation import Run
 from regraft.core.verify.structure import TOKENIZER
 from regraft.plugins.tokenizer_retrofit.body_places import body_numbers, body_slots, body_specs
+from regraft.plugins.tokenizer_retrofit.followers import check_followers
 from regraft.plugins.tokenizer_retrofit.initial import Initial
 from regraft.plugins.tokenizer_retrofit.metadata import metadata, movable
 from regraft.plugins.tokenizer_retrofit.params import AdaptSettings, TokenizerRetrofitParams
 from regraft.plugins.tokenizer_retrofit.proof import check_base, prove
 from regraft.plugins.tokenizer_retrofit.report import FERTILITY, TABLES, fertility_by_file, picture, tables_page
+from regraft.plugins.tokenizer_retrofit.reserved import renamable, renamed, reserved_places
 from regraft.plugins.tokenizer_retrofit.sources import check_source, corpus_of, make_vocabulary, most_rows
+from regraft.plugins.tokenizer_retrofit.superwords import check_superwords
 from regraft.plugins.tokenizer_retrofit.tables import Tables
 from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
 from regraft.plugins.tokenizer_retrofit.vocabulary import NewVocabulary
@@ -30,11 +33,16 @@ ID_MAP, REPORT = "id_map.json", "retrofit_report.json"
 
 def check(checkpoint: Checkpoint, params: TokenizerRetrofitParams) -> None:
     """Refuse what headers, config and tokenizer.json show to be impossible."""
-    tables = Tables.of(checkpoint, TokenizerFile.of(checkpoint))
+    old = TokenizerFile.of(checkpoint)
+    tables = Tables.of(checkpoint, old)
+    check_followers(checkpoint, tables)
     if not tables.causal and (params.adapt or params.held_out) is not None:
         raise Unsupported("this model does not predict the next token", where=checkpoint.label,
                           found=checkpoint.config.get("model_type"), remedy="leave adapt and held_out out")  # fmt: skip
     check_source(params)
+    reserved_places(checkpoint, old, params)
+    if params.boundary == "none":
+        check_superwords(checkpoint, old)
     if params.adapt is not None and params.adapt.body is not None:
         body_slots(checkpoint, params.adapt.body)
 
@@ -57,6 +65,8 @@ def outline(checkpoint: Checkpoint, params: TokenizerRetrofitParams) -> Outline:
         memory += training_bytes(checkpoint, trained if params.adapt is not None else 0, tokens=tokens)
         disk = state_bytes(trained) if params.adapt is not None else 0
     moving = movable(checkpoint, padded=params.pad_to_multiple_of > 1)
+    for name, keys in renamable(checkpoint).items() if params.reserved is not None else ():
+        moving.setdefault(name, set()).update(keys)
     return Outline(
         specs=specs,
         json=changes.json,
@@ -117,8 +127,10 @@ def made_patch(
     """Tables, tokenizer and configs, without proof."""
     total = padded(len(new.origins), params.pad_to_multiple_of)
     moved = new.new_id()
-    same = all(moved.get(index) == index for index in range(tables.rows))
+    gone = {old.ids[token] for token in new.taken}
+    same = all(moved.get(index) == index for index in range(tables.rows) if index not in gone)
     changes = metadata(checkpoint, total, None if same else moved, total - len(new.origins))
+    named = renamed(checkpoint, new.tokenizer, new.taken)
     specs = tables.specs(checkpoint, total)
     edits = {}
     by_role = tables.by_role()
@@ -129,7 +141,7 @@ def made_patch(
         edits[name] = Edit(specs[name], rows.operation(name, total - len(new.origins)))
     return Patch(
         edits=edits,
-        json=changes.json,
+        json={**changes.json, **{name: {**changes.json.get(name, {}), **own} for name, own in named.items()}},
         files={TOKENIZER: FileRef(data=dump(new.tokenizer.document))},
         dropped=changes.dropped,
         notes=new.notes,

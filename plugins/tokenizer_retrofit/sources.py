@@ -48,6 +48,8 @@ def most_rows(old: TokenizerFile, tables: Tables, params: TokenizerRetrofitParam
         assert params.donor is not None
         return len(old.added) + open_donor(params.donor).rows + 1
     new = len(params.add) if params.vocabulary == "add-tokens" else params.size or EXTENSION
+    if params.reserved is not None:
+        return tables.rows
     if params.repair_bytes:
         from regraft.plugins.tokenizer_retrofit.extend import missing_bytes
 
@@ -98,7 +100,7 @@ def _train(
     del checkpoint, tables
     return train(
         old, _texts(params), size=params.size or 0, algorithm=params.algorithm, min_count=params.min_count or 3,
-        tell=run.tell,
+        boundary=params.boundary, max_length=params.max_length, tell=run.tell,
     )  # fmt: skip
 
 
@@ -117,9 +119,11 @@ def _add(
     checkpoint: Checkpoint, old: TokenizerFile, tables: Tables, params: TokenizerRetrofitParams, run: Run
 ) -> NewVocabulary:
     from regraft.plugins.tokenizer_retrofit.add import add_tokens
+    from regraft.plugins.tokenizer_retrofit.reserved import reserved_places
 
-    del checkpoint, run
-    return add_tokens(old, tables.rows, params.add, special=params.add_special)
+    del run
+    places = reserved_places(checkpoint, old, params)
+    return add_tokens(old, tables.rows, params.add, special=params.add_special, places=places)
 
 
 def _trim(

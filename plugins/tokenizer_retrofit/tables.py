@@ -35,7 +35,7 @@ class Tables:
         """Those of a checkpoint.
 
         Raises:
-            Unsupported: other tensors are as tall as the vocabulary, or the embeddings are not floating-point.
+            Unsupported: which tensors they are is in doubt, or they are not floating-point.
             InputError: the tokenizer has ids beyond the rows.
         """
         architecture = architecture_of(checkpoint.config, checkpoint.specs)
@@ -75,15 +75,6 @@ class Tables:
             raise InputError(
                 "the tokenizer has ids beyond the embedding's rows", where=tokenizer.label,
                 expected=f"ids below {self.rows}", found=tokenizer.rows - 1, remedy="use the tokenizer of the weights",
-            )  # fmt: skip
-        others = [
-            spec for name, spec in checkpoint.specs.items()
-            if name not in self.names and len(spec.shape) == 2 and spec.rows == self.rows and "embed" in name
-        ]  # fmt: skip
-        if others:
-            raise Unsupported(
-                "another tensor may have a row for each token", where=others[0].name, found=others[0],
-                remedy="this model has more tables than embeddings and a head",
             )  # fmt: skip
 
 

@@ -245,12 +245,12 @@ def _spelling(document: Mapping[str, Any], kind: str) -> Spelling:
     if kind == "WordPiece" and document["model"].get("continuing_subword_prefix", CONTINUES) == CONTINUES:
         return "words"
     stages = [
-        stage.get("type") for name in ("pre_tokenizer", "decoder", "normalizer") for stage in _stages(document, name)
+        stage.get("type") for name in ("pre_tokenizer", "decoder", "normalizer") for stage in stages_of(document, name)
     ]
     return "bytes" if "ByteLevel" in stages else "pieces"
 
 
-def _stages(document: Mapping[str, Any], name: str) -> Iterator[Mapping[str, Any]]:
+def stages_of(document: Mapping[str, Any], name: str) -> Iterator[Mapping[str, Any]]:
     """The stages of one part of the pipeline, those of a sequence one by one."""
     stage = document.get(name)
     if not isinstance(stage, Mapping):
@@ -258,6 +258,6 @@ def _stages(document: Mapping[str, Any], name: str) -> Iterator[Mapping[str, Any
     nested = next((stage[key] for key in ("pretokenizers", "normalizers", "decoders") if key in stage), None)
     if isinstance(nested, list):
         for one in nested:
-            yield from _stages({name: one}, name)
+            yield from stages_of({name: one}, name)
     else:
         yield stage

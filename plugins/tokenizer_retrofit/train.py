@@ -1,6 +1,7 @@
 """`replace-train`: a vocabulary of its own, trained on the corpus by the `tokenizers` library.
 
-The stages around the model stay, so that numbers and blanks are cut as the model has learnt them. The added tokens come
+The stages around the model stay, so that numbers and blanks are cut as the model has learnt them; with
+`boundary = "none"` the pre-tokenizer alone is another one, and keeps to the old way with numbers. The added tokens come
 first, then all 256 bytes, so that no text is ever lost, whatever the old vocabulary could write.
 """
 
@@ -16,6 +17,7 @@ from regraft.core.errors import InputError, Unsupported, UsageError
 from regraft.plugins.tokenizer_retrofit.assembly import added_entries, assemble, place
 from regraft.plugins.tokenizer_retrofit.spell import Speller
 from regraft.plugins.tokenizer_retrofit.spelling import CHARACTERS, SPACE, byte_piece
+from regraft.plugins.tokenizer_retrofit.superwords import line_stages, short_lines
 from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
 from regraft.plugins.tokenizer_retrofit.vocabulary import NewVocabulary, Origin
 
@@ -28,6 +30,11 @@ _LONGEST_WORD = 1 << 20
 """Characters of a word that longest match still cuts; its own limit, 100, makes longer ones unknown."""
 
 
+_SPANNING = (
+    "tokens may span words: the pre-tokenizer is another one, which cuts at the ends of lines and numbers as before"
+)
+
+
 def train(
     old: TokenizerFile,
     texts: Iterable[str],
@@ -35,6 +42,8 @@ def train(
     size: int,
     algorithm: Algorithm = "bpe",
     min_count: int = 2,
+    boundary: Literal["pretoken", "none"] = "pretoken",
+    max_length: int = 32,
     tell: Callable[[str], None] = lambda line: None,
 ) -> NewVocabulary:
     """A new vocabulary of at most `size` tokens, and the rows of the old one that spell them.
@@ -46,6 +55,8 @@ def train(
         algorithm: `bpe`; `unigram`; `longest-match`, the tokens of a BPE of that size, found from the left without
             merges, as in WordPiece without marks.
         min_count: pairs seen less often are not merged.
+        boundary: what no token goes beyond: the words that the old stages cut, or, with `none`, lines; of `bpe`.
+        max_length: with `boundary="none"`, most characters of a token, in the alphabet of the vocabulary.
         tell: shows progress.
 
     Raises:
@@ -60,6 +71,8 @@ def train(
     if unknown is not None and unknown not in first:
         first.append(unknown)
     _refuse(old, algorithm)
+    whole = boundary == "none"
+    stages = TokenizerFile.parse(line_stages(old), old.label) if whole else old
     alphabet = [*CHARACTERS.values()] if old.spelling == "bytes" else [byte_piece(byte) for byte in range(256)]
     least = len(first) + len(alphabet)
     if size <= least:
@@ -68,19 +81,21 @@ def train(
             expected=f"more than {least}: {len(first)} added tokens and 256 bytes", remedy="raise it",
         )  # fmt: skip
     tell(f"training a vocabulary of {size} tokens")
-    trained = _trained(old, texts, size - least, algorithm, min_count)
+    longest = max_length if whole else None
+    trained = _trained(stages, short_lines(texts) if whole else texts, size - least, algorithm, min_count, longest)
     tokens = list(dict.fromkeys([*alphabet, *trained.tokens]))[: size - len(first)]
     if len(tokens) <= len(alphabet):
         raise InputError("the corpus has nothing to merge", where="corpus", remedy="give more text")
     ids = place({token: old.ids.get(token, size) for token in first}, tokens)
     merges = [pair for pair in trained.merges if {*pair, "".join(pair)} <= ids.keys()]
-    new = assemble(_stages(old, algorithm), ids, merges=merges, scores=trained.scores, added=added, unknown=unknown)
+    new = assemble(_stages(stages, algorithm), ids, merges=merges, scores=trained.scores, added=added, unknown=unknown)
     speller = Speller(old)
     origins = speller.origins(new, len(ids))
     for token in first:
         if token in old.ids:
             origins[ids[token]] = Origin(kept=old.ids[token])
-    return NewVocabulary(new, origins, {"algorithm": algorithm, "tokens": len(ids)})
+    figures = {"algorithm": algorithm, "boundary": boundary, "tokens": len(ids)}
+    return NewVocabulary(new, origins, figures, (_SPANNING,) if whole else ())
 
 
 def _refuse(old: TokenizerFile, algorithm: Algorithm) -> None:
@@ -127,7 +142,10 @@ def _settled(scores: Mapping[str, float]) -> dict[str, float]:
     return dict(sorted(rounded.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _trained(old: TokenizerFile, texts: Iterable[str], size: int, algorithm: Algorithm, min_count: int) -> _Trained:
+def _trained(
+    old: TokenizerFile, texts: Iterable[str], size: int, algorithm: Algorithm, min_count: int, longest: int | None
+) -> _Trained:
+    """What the library's trainer finds; `longest` is the most characters of a token."""
     from tokenizers import models, pre_tokenizers, trainers
 
     made = old.new_backend()
@@ -140,8 +158,9 @@ def _trained(old: TokenizerFile, texts: Iterable[str], size: int, algorithm: Alg
         letters = [*CHARACTERS.values()] if old.spelling == "bytes" else []
         whole = size + len(letters)
         trainer = trainers.BpeTrainer(
-            vocab_size=whole, min_frequency=min_count, show_progress=False, initial_alphabet=letters, special_tokens=[]
-        )
+            vocab_size=whole, min_frequency=min_count, show_progress=False, initial_alphabet=letters, special_tokens=[],
+            max_token_length=None if longest is None else longest + 1,  # it stops below
+        )  # fmt: skip
     if made.pre_tokenizer is None:
         # No token is to span words, which nothing but the mark of a space tells apart here.
         made.pre_tokenizer = pre_tokenizers.Split(SPACE, "merged_with_next")

@@ -43,7 +43,7 @@ def trim(
     """
     words = count_words(texts, old, tell=tell)
     used = {word for word, count in words.items() if count >= min_count} | set(count_words(keep, old))
-    kept = set(old.verbatim) | _alphabet(old) | {token for word in used for token in word}
+    kept = set(old.verbatim) | alphabet(old) | {token for word in used for token in word}
     for index in keep_ids:
         if index not in old.tokens:
             raise UsageError("there is no such token id", where="keep_ids", expected=f"below {old.rows}", found=index)
@@ -61,7 +61,7 @@ def trim(
     return NewVocabulary(new, origins, figures)
 
 
-def _alphabet(old: TokenizerFile) -> set[str]:
+def alphabet(old: TokenizerFile) -> set[str]:
     """Tokens of one symbol: bytes, byte pieces and characters, and the token for what is unknown."""
     single = {token for token in old.vocab if len(token.removeprefix(CONTINUES).removeprefix(SPACE)) <= 1}
     bytes_ = {*CHARACTERS.values()} if old.spelling == "bytes" else {byte_piece(byte) for byte in range(256)}

@@ -32,12 +32,14 @@ class NewVocabulary:
         origins: of the rows 0, 1, 2, ... of the new embeddings that a token or an old padding row stands behind.
         figures: for the report; JSON values.
         notes: for the user.
+        taken: by an old token that is gone, the new one that has its id.
     """
 
     tokenizer: TokenizerFile
     origins: Sequence[Origin]
     figures: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    taken: Mapping[str, str] = field(default_factory=dict)
 
     def new_id(self) -> dict[int, int]:
         """The new id of every old one that is kept, the first where there are several."""
