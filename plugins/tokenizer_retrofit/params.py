@@ -160,8 +160,8 @@ class TokenizerRetrofitParams(Params):
     add: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), description="add-tokens: texts of the new tokens.")
     reserved: Annotated[str, Field(min_length=1)] | None = Field(
         None,
-        description="add-tokens: take the places of tokens that were kept free for it, such as `[unused*]` (* stands for "
-        "any text), the lowest id first. Default: new rows.",
+        description="add-tokens: take the places of tokens that were kept free for it, such as `[unused*]` (* stands "
+        "for any text), the lowest id first. Default: new rows.",
     )
     add_special: bool = Field(True, description="add-tokens: leave them out when text is decoded for reading.")
     keep: tuple[str, ...] = Field((), description="trim: texts whose tokens stay, however rare.")
