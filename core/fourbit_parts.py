@@ -18,7 +18,7 @@ from regraft.core.derived import held
 from regraft.core.fourbit import STATE_MARK, TABLES, Nested, State
 from regraft.core.low_rank import LowRankDelta
 from regraft.core.operations import ComputedTensor
-from regraft.core.parts import PIECE_ELEMENTS, Part, flat_pieces
+from regraft.core.quantised_parts import PIECE_ELEMENTS, Part, flat_pieces
 from regraft.core.realised import Gauge
 from regraft.core.specs import ITEM_BYTES, TensorSpec, torch_dtype
 from regraft.core.tensors import LazyTensor, RowReader

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from regraft.core.dequantised import INT8_STEP
 from regraft.core.derived import open_rows
-from regraft.core.parts import Part, row_pieces
+from regraft.core.quantised_parts import Part, row_pieces
 from regraft.core.realised import Gauge
 from regraft.core.specs import TensorSpec
 from regraft.core.tensors import LazyTensor, RowReader
