@@ -12,7 +12,6 @@ Severity = Literal["weights", "records", "nothing"]
 """What a difference can change: tensors; only pictures and figures in the files beside them; no byte."""
 
 SEVERITIES: tuple[Severity, ...] = ("weights", "records", "nothing")
-_CAN = {"weights": "can change weights", "records": "can change reports, no weight", "nothing": "changes no byte"}
 _DRAWS = ("matplotlib",)
 _MOVES = ("safetensors",)
 """Packages that put tensors into other libraries' hands, and compute nothing."""

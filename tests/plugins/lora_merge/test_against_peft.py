@@ -15,9 +15,6 @@ from tests.plugins.lora_merge.adapters import (
 )
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-MIXTURES = ("mixtral", "qwen3_moe")
-FUSED = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
-TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"], "gpt_neox": FUSED, "falcon": FUSED}
 
 
 @pytest.fixture(scope="module", params=DTYPES, ids=["bf16", "fp16", "fp32"])
