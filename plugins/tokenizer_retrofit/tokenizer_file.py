@@ -69,8 +69,8 @@ class TokenizerFile:
         """The one of a checkpoint.
 
         Raises:
-            Unsupported: there is none, its model is none of BPE, Unigram and WordPiece, or cuts by chance or by marks
-                that are no bytes of the text.
+            Unsupported: there is none, or a step before is still to make it; its model is none of BPE, Unigram and
+                WordPiece, or cuts by chance or by marks that are no bytes of the text.
             InputError: it is malformed.
         """
         if TOKENIZER not in checkpoint.files:
@@ -78,6 +78,11 @@ class TokenizerFile:
                 "the tokenizer has no fast form, whose file is tokenizer.json", where=checkpoint.label,
                 expected=TOKENIZER, remedy="save it once with transformers: AutoTokenizer.from_pretrained(DIR)"
                 ".save_pretrained(DIR)",
+            )  # fmt: skip
+        if checkpoint.files[TOKENIZER].data == b"":  # of a planned step, which says that there will be one
+            raise Unsupported(
+                "a step before makes a tokenizer that is known only when it has run", where=TOKENIZER,
+                remedy="give the later step a recipe of its own, on the output of this one",
             )  # fmt: skip
         return cls.parse(checkpoint.json(TOKENIZER), f"{checkpoint.label}: {TOKENIZER}")
 

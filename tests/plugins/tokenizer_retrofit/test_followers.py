@@ -93,6 +93,14 @@ def test_adapters_trained_on_the_old_ids_are_refused(base):
         assert not (folder.parent / "out").exists()
 
 
+def test_a_second_vocabulary_in_one_recipe_is_refused_by_name(base):
+    for step in (f'\nid = "again"{EXTEND}', '\nuse = "large-vocabulary"\nprobes = 1\n'):
+        code, said = applied(base, EXTEND, step)
+        assert code == 1
+        assert "a step before makes a tokenizer" in said
+        assert "a recipe of its own" in said
+
+
 def test_heads_that_share_the_tables_and_sizes_alike_by_chance_are_no_hindrance(tmp_path):
     corpus = tmp_path / "nl.txt"
     corpus.write_text(toys.DUTCH)
