@@ -109,6 +109,7 @@ class Outline:
         or_nothing: whether data may decide that the step changes nothing at all, so that the patch is empty.
         workspace_bytes: host memory the step itself needs beside the writer's, at its peak.
         shared_bytes: of `workspace_bytes`, what the processes of a run share out among them, each its part.
+        memory_remedy: what to set in the step so that it needs much less of it; empty where there is nothing.
         scratch_bytes: disk the step itself needs beside the output, such as for its saved state.
         form: what the step would have written where `[output] format` does not say it; None leaves it to others.
         unrecorded: what decides the result and is named by neither recipe nor base, such as a model that a file of the
@@ -130,6 +131,7 @@ class Outline:
     or_nothing: bool = False
     workspace_bytes: int = 0
     shared_bytes: int = 0
+    memory_remedy: str = ""
     scratch_bytes: int = 0
     form: Literal["adapter", "checkpoint"] | None = None
     beyond_adapter: tuple[str, str] | None = None

@@ -51,8 +51,16 @@ def check_resources(plan: Plan, target: Path, *, link: bool, world: int = 1, her
             where=plan.base.label,
             expected=f"{needed} bytes" if here == 1 else f"{needed} bytes for {here} processes",
             found=f"{available} bytes available",
-            remedy=f"use fewer {'--threads' if here == 1 else 'processes'}, or a machine with more memory",
+            remedy=f"{_step_remedy(plan)}use fewer {'--threads' if here == 1 else 'processes'}, "
+            "or a machine with more memory",
         )
+
+
+def _step_remedy(plan: Plan) -> str:
+    """What the step that needs most says of needing less."""
+    steps = sorted(plan.steps, key=lambda step: step.outline.workspace_bytes)
+    remedy = steps[-1].outline.memory_remedy if steps else ""
+    return f"{remedy} in step {steps[-1].id}, " if remedy else ""
 
 
 def disk_bytes(plan: Plan, *, link: bool) -> int:

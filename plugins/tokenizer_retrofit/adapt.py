@@ -73,6 +73,7 @@ def adapt(
     held_out: Mapping[str, Sequence[str]],
     run: Run,
     *,
+    guarded: bool = True,
     check: Callable[[Any], None] | None = None,
 ) -> Adapted:
     """Learn the new rows, and what the settings say of the body.
@@ -83,9 +84,9 @@ def adapt(
         tables: names of the embeddings and the head.
         rows: that learn, those of new tokens.
         settings: of the training.
-        held_out: passages by file, whose bits per byte are measured before and after; none: what was learnt is kept
-            unseen.
+        held_out: passages by file, whose bits per byte are measured before and after.
         run: the run.
+        guarded: whether what was learnt is given up where those did not fall.
         check: called with the model of `after` before it learns.
 
     Raises:
@@ -125,7 +126,7 @@ def adapt(
     if bits:
         bits["adapted"] = bits_by_name(head, tokenizer, held_out, run.device)
         initial, learnt = bits["initial"][ALL], bits["adapted"][ALL]
-        if learnt >= initial:
+        if guarded and learnt >= initial:
             note = f"the training did not help ({initial:.4f} to {learnt:.4f} bits per byte): the model stays as made"
             return Adapted({}, {}, bits, figures, reports, (note,))
     learnt_rows = {

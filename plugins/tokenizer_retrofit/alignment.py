@@ -10,7 +10,8 @@ from typing import Any
 
 from regraft.core.data.examples import IGNORED, Example, ints
 from regraft.core.data.rows import Place
-from regraft.plugins.tokenizer_retrofit.bits import passages, start_of
+from regraft.plugins.tokenizer_retrofit.bits import start_of
+from regraft.plugins.tokenizer_retrofit.passages import passages
 from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
 
 NO_CHUNK = -1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,20 +19,6 @@ if TYPE_CHECKING:
 
 ALL = ""
 """The name of all texts together; no file has it."""
-PASSAGE_BYTES = 700
-"""Of a passage; texts are cut by bytes, so the passages are the same for every tokenizer."""
-
-
-def passage_bytes(config: Mapping[str, Any]) -> int:
-    """Of the longest passage that any tokenizer writes in fewer tokens than the model has positions."""
-    text = config.get("text_config", config)
-    window = text.get("max_position_embeddings") or text.get("n_positions") or PASSAGE_BYTES + 2
-    return max(1, min(PASSAGE_BYTES, window - 2))
-
-
-def passages(texts: Sequence[str], *, nbytes: int = PASSAGE_BYTES) -> list[str]:
-    """The texts cut into passages of at most so many UTF-8 bytes, between characters."""
-    return [passage for text in texts for passage in _cut(text, nbytes)]
 
 
 def bits_per_byte(head: Head, tokenizer: Any, texts: Sequence[str], device: str) -> float:
@@ -48,7 +34,7 @@ def bits_by_name(head: Head, tokenizer: Any, texts: Mapping[str, Sequence[str]],
     Args:
         head: of the model.
         tokenizer: its own.
-        texts: short ones, see `passages`, by names such as those of files.
+        texts: short ones, see `passages.passages`, by names such as those of files.
         device: of the model.
     """
     measured = {name: _nats_and_bytes(head, tokenizer, own, device) for name, own in texts.items()}
@@ -75,12 +61,3 @@ def start_of(tokenizer: Any) -> int | None:
     """The token that texts stand behind: that which begins them, or else ends them; None without either."""
     found: int | None = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return found
-
-
-def _cut(text: str, nbytes: int) -> Iterator[str]:
-    data = text.encode()
-    start = 0
-    while start < len(data):
-        piece = data[start : start + nbytes].decode(errors="ignore")
-        yield piece
-        start += len(piece.encode())

@@ -185,7 +185,16 @@ class TokenizerRetrofitParams(Params):
     )
     held_out: Data | None = Field(
         None,
-        description="Texts whose bits per byte are measured with the old vocabulary, the new one, and the learnt rows.",
+        description="Texts whose bits per byte are measured with the old vocabulary, the new one, and the learnt rows. "
+        "Default: the corpus's first passages, or a few built-in texts; no row that is learnt is given up for those.",
+    )
+    proof: Literal["model", "files"] = Field(
+        "model",
+        description="model: the step runs the model before and after, and fails unless kept tokens have their logits "
+        "and only tokens are written. files: what needs no model alone, in less memory.",
+    )
+    max_bpb_increase: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        None, description="The step fails if bits per byte rise by more. Default: any rise is only told."
     )
 
     @model_validator(mode="after")
@@ -212,6 +221,13 @@ class TokenizerRetrofitParams(Params):
             raise ValueError(f'init = "{self.init}" learns from a corpus: give one')
         if self.adapt is not None and (self.adapt.data or self.corpus) is None:
             raise ValueError("adapt needs data, since there is no corpus")
+        if self.proof == "files" and self.needs_model:
+            raise ValueError(f'{self.needs_model[0]} needs the model: leave it or proof = "files" out')
         if self.corpus is not None and self.corpus.kind not in (None, "text"):
             raise ValueError('a corpus is text: leave kind out, or set kind = "text"')
         return self
+
+    @property
+    def needs_model(self) -> tuple[str, ...]:
+        """Keys that are given and cannot do without the model."""
+        return tuple(key for key in ("held_out", "adapt", "max_bpb_increase") if getattr(self, key) is not None)

@@ -8,6 +8,7 @@ from typing import Any
 from regraft.core.plots import bar_chart
 from regraft.plugins.tokenizer_retrofit.corpus import Corpus
 from regraft.plugins.tokenizer_retrofit.proof import tokens_per_word
+from regraft.plugins.tokenizer_retrofit.texts import LABELS
 from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
 from regraft.plugins.tokenizer_retrofit.vocabulary import NewVocabulary
 
@@ -35,6 +36,11 @@ def picture(words: Figures) -> bytes:
     return bar_chart(words, title="fertility", y="tokens for each word")
 
 
+def untried(why: str) -> dict[str, Any]:
+    """For `proof` in the report: that no model was run, and why."""
+    return {"model": None, "not_tried": why}
+
+
 def tables_page(step: str, figures: Mapping[str, Any], words: Figures) -> bytes:
     """`retrofit.md`: what the step did to the vocabulary, in tables.
 
@@ -51,11 +57,13 @@ def tables_page(step: str, figures: Mapping[str, Any], words: Figures) -> bytes:
         lines += _table(["file", "before", "after", "after / before"],
                         ([name, *_numbers(own.values()), _ratio(own["after"], own["before"])]
                          for name, own in [*words.items(), ("the corpus's beginning", whole)]))  # fmt: skip
+    lines += ["", "## Tried in the model", "", "| | |", "|---|---|"]
+    lines += [f"| {key} | {value} |" for key, value in figures["proof"].items()]
     if (files := figures.get("bpb_by_file")) is not None:
         states = [state for state in _STATES if f"bpb_{state}" in figures]
         together = {state: figures[f"bpb_{state}"] for state in states}
         rows = [*list(files.items())[:_MOST_FILES], (f"all of {len(files)} files", together)]
-        lines += ["", "## Bits per byte of the held-out texts", ""]
+        lines += ["", f"## Bits per byte of {LABELS[figures['bpb_texts']]}", ""]
         lines += _table(["file", *(_STATES[state] for state in states)],
                         ([name, *_numbers(own[state] for state in states)] for name, own in rows))  # fmt: skip
     return ("\n".join(lines) + "\n").encode()

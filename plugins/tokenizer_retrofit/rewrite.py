@@ -18,9 +18,17 @@ from regraft.plugins.tokenizer_retrofit.body_places import body_numbers, body_sl
 from regraft.plugins.tokenizer_retrofit.followers import check_followers
 from regraft.plugins.tokenizer_retrofit.initial import Initial
 from regraft.plugins.tokenizer_retrofit.metadata import metadata, movable
-from regraft.plugins.tokenizer_retrofit.params import AdaptSettings, TokenizerRetrofitParams
-from regraft.plugins.tokenizer_retrofit.proof import check_base, prove
-from regraft.plugins.tokenizer_retrofit.report import FERTILITY, TABLES, fertility_by_file, picture, tables_page
+from regraft.plugins.tokenizer_retrofit.params import TokenizerRetrofitParams
+from regraft.plugins.tokenizer_retrofit.passages import passage_bytes
+from regraft.plugins.tokenizer_retrofit.proof import PROBES, check_base, prove
+from regraft.plugins.tokenizer_retrofit.report import (
+    FERTILITY,
+    TABLES,
+    fertility_by_file,
+    picture,
+    tables_page,
+    untried,
+)
 from regraft.plugins.tokenizer_retrofit.reserved import renamable, renamed, reserved_places
 from regraft.plugins.tokenizer_retrofit.sources import check_source, corpus_of, make_vocabulary, most_rows
 from regraft.plugins.tokenizer_retrofit.superwords import check_superwords
@@ -29,6 +37,9 @@ from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
 from regraft.plugins.tokenizer_retrofit.vocabulary import NewVocabulary
 
 ID_MAP, REPORT = "id_map.json", "retrofit_report.json"
+_FP32 = 4
+_KEPT_TOKENS = 32 * (len(PROBES) + 1)
+"""Those of texts, and once more as they are computed, whose logits are held from before the step until it is tried."""
 
 
 def check(checkpoint: Checkpoint, params: TokenizerRetrofitParams) -> None:
@@ -36,9 +47,10 @@ def check(checkpoint: Checkpoint, params: TokenizerRetrofitParams) -> None:
     old = TokenizerFile.of(checkpoint)
     tables = Tables.of(checkpoint, old)
     check_followers(checkpoint, tables)
-    if not tables.causal and (params.adapt or params.held_out) is not None:
+    if not tables.causal and params.needs_model:
         raise Unsupported("this model does not predict the next token", where=checkpoint.label,
-                          found=checkpoint.config.get("model_type"), remedy="leave adapt and held_out out")  # fmt: skip
+                          found=checkpoint.config.get("model_type"),
+                          remedy=f"leave {' and '.join(params.needs_model)} out")  # fmt: skip
     check_source(params)
     reserved_places(checkpoint, old, params)
     if params.boundary == "none":
@@ -57,13 +69,16 @@ def outline(checkpoint: Checkpoint, params: TokenizerRetrofitParams) -> Outline:
     specs = {**tables.specs(checkpoint, rows), **body_specs(checkpoint, body)}
     memory = 4 * max(checkpoint.specs[tables.embeddings].nbytes, specs[tables.embeddings].nbytes)
     disk = 0
-    if params.held_out is not None or params.adapt is not None:
-        adapt = params.adapt or AdaptSettings()
-        own = [spec for spec in tables.specs(checkpoint, rows).values() if len(spec.shape) == 2]
-        trained = sum(math.prod(spec.shape) for spec in own) + body_numbers(checkpoint, body)
-        tokens = adapt.tokens * adapt.batch_size
-        memory += training_bytes(checkpoint, trained if params.adapt is not None else 0, tokens=tokens)
-        disk = state_bytes(trained) if params.adapt is not None else 0
+    if params.proof == "model":
+        own = tables.specs(checkpoint, rows)
+        tall = sum(math.prod(spec.shape) for spec in own.values() if len(spec.shape) == 2)
+        trained = tall + body_numbers(checkpoint, body) if params.adapt is not None else 0
+        tokens = passage_bytes(checkpoint) + 1
+        if params.adapt is not None:
+            tokens = max(tokens, params.adapt.tokens * params.adapt.batch_size)
+        more = max(0, tall - sum(math.prod(checkpoint.specs[name].shape) for name in own))
+        memory += training_bytes(checkpoint, trained, tokens=tokens) + _FP32 * (more + _KEPT_TOKENS * tables.rows)
+        disk = state_bytes(trained)
     moving = movable(checkpoint, padded=params.pad_to_multiple_of > 1)
     for name, keys in renamable(checkpoint).items() if params.reserved is not None else ():
         moving.setdefault(name, set()).update(keys)
@@ -76,17 +91,23 @@ def outline(checkpoint: Checkpoint, params: TokenizerRetrofitParams) -> Outline:
         exact=False,
         undecided={name: frozenset(keys) for name, keys in moving.items()},
         workspace_bytes=memory,
+        memory_remedy='set proof = "files"' if params.proof == "model" and not params.needs_model else "",
         scratch_bytes=disk,
     )
 
 
 def apply(checkpoint: Checkpoint, params: TokenizerRetrofitParams, run: Run) -> Patch:
-    """Make the vocabulary and its rows, and prove the tokenizer.
+    """Make the vocabulary and its rows, and prove tokenizer and model.
 
     Raises:
         InputError: the corpus is empty, no text, or has nothing to merge; a token's id is in doubt.
-        TransformationError: the tokenizer does not do what it should; see `prove`.
+        Unsupported: the model may not run, because code of the checkpoint defines it.
+        TransformationError: the tokenizer or the model does not do what it should; see `prove` and `measured`.
     """
+    if params.proof == "model":
+        from regraft.plugins.tokenizer_retrofit.measured import refuse_untrusted
+
+        refuse_untrusted(checkpoint, params, run)
     old = TokenizerFile.of(checkpoint)
     tables = Tables.of(checkpoint, old)
     remarks = check_base(checkpoint, old, run)
@@ -100,12 +121,16 @@ def apply(checkpoint: Checkpoint, params: TokenizerRetrofitParams, run: Run) -> 
         figures["corpus"] = corpus.summary()
     words = fertility_by_file(corpus, old, new) if corpus is not None else {}
     reports: dict[str, FileRef] = {}
-    if params.held_out is not None or params.adapt is not None:
+    if params.proof == "model":
         from regraft.plugins.tokenizer_retrofit.measured import measured
 
         patch, more, learnt = measured(checkpoint, after, patch, tables, old, new, params, run)
         figures |= more
         reports |= learnt
+    else:
+        asked = 'proof = "files"'
+        figures["proof"] = untried(asked)
+        patch = replace(patch, notes=(*patch.notes, f"not tried in the model: {asked}"))
     reports |= {
         ID_MAP: FileRef(data=_json(new.id_map())),
         REPORT: FileRef(data=_json(figures)),

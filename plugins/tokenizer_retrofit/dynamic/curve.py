@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 from regraft.core.errors import InputError
-from regraft.plugins.tokenizer_retrofit.bits import passages
+from regraft.plugins.tokenizer_retrofit.passages import passages
 from regraft.plugins.tokenizer_retrofit.portable.cutting import Merger, parts_of
 from regraft.plugins.tokenizer_retrofit.portable.merging import merge_words
 from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile

@@ -8,7 +8,8 @@ import torch
 
 from regraft.core.training.head import Head
 from regraft.core.transformation import Run
-from regraft.plugins.tokenizer_retrofit.bits import bits_per_byte, passages
+from regraft.plugins.tokenizer_retrofit.bits import bits_per_byte
+from regraft.plugins.tokenizer_retrofit.passages import passages
 from tests.plugins.tokenizer_retrofit import toys
 
 

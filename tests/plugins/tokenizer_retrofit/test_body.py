@@ -152,7 +152,8 @@ def test_a_vocabulary_without_new_tokens_learns_nothing_and_says_so(tmp_path, co
 
 def test_bits_per_byte_are_those_of_the_weights_as_they_are_stored(tmp_path, corpus):
     from regraft.core.training.head import Head
-    from regraft.plugins.tokenizer_retrofit.bits import bits_per_byte, passage_bytes, passages
+    from regraft.plugins.tokenizer_retrofit.bits import bits_per_byte
+    from regraft.plugins.tokenizer_retrofit.passages import passage_bytes, passages
 
     folder = toys.save("llama", tmp_path / "base")
     checkpoint = open_checkpoint(folder)
@@ -163,7 +164,7 @@ def test_bits_per_byte_are_those_of_the_weights_as_they_are_stored(tmp_path, cor
     assert 0.0 < patch.metrics["adapt"]["body"]["lost_to_rounding"] < 1.0
     run = Run("x")
     found = bits_per_byte(Head.of(run.model(after)), run.tokenizer(after),
-                          passages([toys.DUTCH], nbytes=passage_bytes(after.config)), "cpu")  # fmt: skip
+                          passages([toys.DUTCH], nbytes=passage_bytes(after)), "cpu")  # fmt: skip
     assert patch.metrics["bpb_adapted"] == pytest.approx(found, abs=2e-4)
 
 

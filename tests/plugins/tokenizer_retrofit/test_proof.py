@@ -11,14 +11,12 @@ from regraft.core.errors import InputError, TransformationError
 from regraft.core.sources.open import open_checkpoint
 from regraft.core.transformation import Run
 from regraft.plugins.tokenizer_retrofit.donor import replace_by_donor
-from regraft.plugins.tokenizer_retrofit.logits import KeptLogits
 from regraft.plugins.tokenizer_retrofit.metadata import metadata
 from regraft.plugins.tokenizer_retrofit.rows import Rows
 from regraft.plugins.tokenizer_retrofit.spell import Speller
 from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
 from regraft.plugins.tokenizer_retrofit.train import train
 from regraft.plugins.tokenizer_retrofit.trim import trim
-from regraft.plugins.tokenizer_retrofit.vocabulary import NewVocabulary, Origin
 from tests.families import CONFIGS, save_tiny
 from tests.materialise import materialise
 from tests.plugins.tokenizer_retrofit import toys
@@ -113,47 +111,6 @@ def test_a_kept_row_that_is_no_copy_fails_the_step(tmp_path, corpus, monkeypatch
                         lambda table, origins: Rows([[0]] * len(origins)))  # fmt: skip
     with pytest.raises(TransformationError, match="row of a kept token is no copy"):
         toys.retrofit(folder, corpus)
-
-
-@pytest.mark.parametrize("vocabulary", ["extend", "trim"])
-def test_other_logits_of_kept_tokens_fail_the_step(tmp_path, corpus, vocabulary):
-    folder = toys.save("llama", tmp_path / "base", tie_word_embeddings=False)
-    options = {"vocabulary": vocabulary, **({} if vocabulary == "extend" else PLAIN)}
-    checkpoint, after, patch = toys.retrofit(folder, corpus, **options, held_out=corpus)
-    assert patch.metrics["bpb_before"]
-    old, run = TokenizerFile.of(checkpoint), Run("x")
-    kept = json.loads(patch.reports["id_map.json"].read())["old_to_new"]
-    origins = [Origin()] * after.config["vocab_size"]
-    for index, new_id in enumerate(kept):
-        if new_id is not None:
-            origins[new_id] = Origin(kept=index)
-    said = KeptLogits.of(run.model(checkpoint), old, NewVocabulary(TokenizerFile.of(after), origins))
-    assert len(said.probes) > (5 if vocabulary == "extend" else 0)
-    model = run.model(after)
-    said.check(model)
-    with torch.no_grad():
-        model.lm_head.weight[5], model.lm_head.weight[6] = model.lm_head.weight[6].clone(), model.lm_head.weight[5]
-    with pytest.raises(TransformationError, match="kept tokens have other logits"):
-        said.check(model)
-
-
-def test_a_model_that_writes_padding_rows_fails_the_step(tmp_path, corpus):
-    folder = toys.save("llama", tmp_path / "base", tie_word_embeddings=False)
-    checkpoint, after, _ = toys.retrofit(folder, corpus, pad_to_multiple_of=64)
-    file, run = TokenizerFile.of(after), Run("x")
-    padding = after.config["vocab_size"] - 1
-    assert padding not in file.tokens
-    origins = [Origin(kept=0) if index == 0 else Origin() for index in range(after.config["vocab_size"])]
-    said = KeptLogits.of(run.model(checkpoint), TokenizerFile.of(checkpoint), NewVocabulary(file, origins))
-    model = run.model(after)
-    said.check(model)
-    model.generation_config.suppress_tokens = None
-    head = torch.nn.Linear(*reversed(model.lm_head.weight.shape))
-    torch.nn.init.zeros_(head.weight)
-    head.bias.data.zero_()[padding] = 1
-    model.lm_head = head
-    with pytest.raises(TransformationError, match="writes an id that is no token"):
-        said.check(model)
 
 
 def test_a_chat_that_is_rendered_otherwise_fails_the_step(tmp_path, corpus, monkeypatch):
