@@ -101,6 +101,9 @@ class Transformation(ABC, Generic[P]):
         Args:
             checkpoint: the tiny base that they are for.
             folder: where to write files that they name, such as an adapter or rows of data.
+
+        Raises:
+            NotApplicable: (of `regraft.testing`) a package that the transformation needs is not installed.
         """
         del checkpoint, folder
         return {}

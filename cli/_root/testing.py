@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from regraft.core.testing.adapters import write_adapter
     from regraft.core.testing.checkpoints import bits, read_tensors, same_bits, tree, write_checkpoint
-    from regraft.core.testing.conformance.check import Check, Outcome
+    from regraft.core.testing.conformance.check import Check, NotApplicable, Outcome
     from regraft.core.testing.conformance.for_pytest import Conformance
     from regraft.core.testing.conformance.subject import Subject
     from regraft.core.testing.conformance.suite import CHECKS, conform
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "regraft.core.testing.adapters": ("write_adapter",),
     "regraft.core.testing.checkpoints": ("bits", "read_tensors", "same_bits", "tree", "write_checkpoint"),
-    "regraft.core.testing.conformance.check": ("Check", "Outcome"),
+    "regraft.core.testing.conformance.check": ("Check", "NotApplicable", "Outcome"),
     "regraft.core.testing.conformance.for_pytest": ("Conformance",),
     "regraft.core.testing.conformance.subject": ("Subject",),
     "regraft.core.testing.conformance.suite": ("CHECKS", "conform"),
@@ -39,6 +39,7 @@ __all__ = [
     "VARIANTS",
     "Check",
     "Conformance",
+    "NotApplicable",
     "Outcome",
     "StepResult",
     "Subject",

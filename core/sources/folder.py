@@ -34,6 +34,9 @@ WEIGHT_SUFFIXES = PICKLE_SUFFIXES | {
 RUNTIME_MARKS = frozenset({"policy.json", "runtime.py"})
 """Files that a folder inside a checkpoint has when it belongs to a runtime: code for whoever loads the checkpoint, and
 what it goes by. All that stands beside them is the runtime's own, tables in safetensors included."""
+PART_FORMAT = "regraft-"
+"""How `format` begins in the config.json of a folder inside a checkpoint that a step has left there: a part of the
+model that stands beside its weights, with weights of its own, such as a generator."""
 _NOT_CARRIED_FOLDERS = frozenset({".git", ".cache", "__pycache__"})
 _FETCH = "fetch the checkpoint again"
 
@@ -212,7 +215,8 @@ def _assemble(folder: Path, label: str, weights: list[WeightFile], own: set[str]
 
 def side_files(folder: Path, own: set[str]) -> tuple[dict[str, FileRef], dict[str, str]]:
     """The files of `folder` that are carried over, and those left behind with the reason. Everything is carried that is
-    neither a weight nor known to be stale in the output; the folder of a runtime is carried whole, pickles excepted.
+    neither a weight nor known to be stale in the output; the folders of runtimes and of parts that steps have left are
+    carried whole, pickles excepted.
 
     Args:
         folder: of the checkpoint.
@@ -221,7 +225,7 @@ def side_files(folder: Path, own: set[str]) -> tuple[dict[str, FileRef], dict[st
     files: dict[str, FileRef] = {}
     left_behind: dict[str, str] = {}
     found = {path.relative_to(folder).as_posix(): path for path in _walk(folder)}
-    runtimes = runtime_folders(found)
+    whole = runtime_folders(found) | _part_folders(found)
     for name, path in found.items():
         if name in own:
             continue
@@ -229,7 +233,7 @@ def side_files(folder: Path, own: set[str]) -> tuple[dict[str, FileRef], dict[st
             left_behind[name] = "a link to a folder" if path.is_symlink() else "belongs to a tool, not to the model"
         elif not path.is_file():
             left_behind[name] = "is not a file, or a link that leads nowhere"
-        elif path.suffix in PICKLE_SUFFIXES or (path.suffix in WEIGHT_SUFFIXES and _folder_of(name) not in runtimes):
+        elif path.suffix in PICKLE_SUFFIXES or (path.suffix in WEIGHT_SUFFIXES and _folder_of(name) not in whole):
             left_behind[name] = "weights in another file or format, not rewritten"
         elif name.endswith(".index.json"):
             left_behind[name] = "index of weights that are not rewritten"
@@ -248,6 +252,20 @@ def runtime_folders(names: Iterable[str]) -> frozenset[str]:
     for name in names:
         beside.setdefault(_folder_of(name), set()).add(PurePosixPath(name).name)
     return frozenset(folder for folder, files in beside.items() if folder and files >= RUNTIME_MARKS)
+
+
+def _part_folders(found: Mapping[str, Path]) -> frozenset[str]:
+    """The folders that a step has left: see `PART_FORMAT`."""
+    configs = [name for name, path in found.items() if name.endswith(f"/{CONFIG}") and path.is_file()]
+    return frozenset(_folder_of(name) for name in configs if _says_part(found[name]))
+
+
+def _says_part(config: Path) -> bool:
+    try:
+        stated = read_object(config).get("format")
+    except InputError:  # somebody else's file, which nothing here depends on
+        return False
+    return isinstance(stated, str) and stated.startswith(PART_FORMAT)
 
 
 def _folder_of(name: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -26,6 +28,23 @@ class ReapplyPatch(WeightSpace[PatchParams]):
     summary = "Apply a saved patch again."
     own_code = False
     Params = PatchParams
+
+    @classmethod
+    def example(cls, checkpoint: Checkpoint, folder: Path) -> Mapping[str, Any]:
+        """Parameters for a tiny checkpoint: a patch that halves what o_proj of layer 0 writes."""
+        import torch
+
+        from regraft.core.architectures import architecture_of
+        from regraft.core.operations import ScaleRows
+        from regraft.core.patch import Edit
+        from regraft.core.patch_folder import save_patch
+        from regraft.core.tensors import MemoryTensor
+
+        spec = checkpoint.specs[architecture_of(checkpoint.config, checkpoint.specs).slot("o_proj", 0).tensor]
+        halves = MemoryTensor("factors", torch.full((spec.rows,), 0.5))
+        saved = Patch(edits={spec.name: Edit(spec, ScaleRows(spec.name, halves))})
+        save_patch(saved, checkpoint, overlay(checkpoint, saved, by=cls.name), folder / "example.regraft")
+        return {"path": str(folder / "example.regraft")}
 
     def check(self, checkpoint: Checkpoint, params: PatchParams) -> None:
         """Refuse a checkpoint whose tensors are not those that the patch reads.

@@ -13,7 +13,9 @@ Images are looked at one by one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from regraft.core.architectures import Family
 from regraft.core.checkpoint import Checkpoint
@@ -34,6 +36,15 @@ class Vlora(Transformation[VloraParams]):
     paper = "Ma et al. 2024, VLoRA, NeurIPS, arXiv 2405.20339"
     loads_with = 'peft; output = "merged": stock transformers; output = "attached": with trust_remote_code=True'
     Params = VloraParams
+
+    @classmethod
+    def example(cls, checkpoint: Checkpoint, folder: Path) -> Mapping[str, Any]:
+        """Parameters for a tiny checkpoint: a random generator, and the features of an image that is merged."""
+        from regraft.plugins.vlora.example import write_features, write_generator
+
+        generator = write_generator(checkpoint, folder / "generator")
+        features = write_features(folder / "features.safetensors", ["image"])
+        return {"generator": str(generator), "features": str(features), "output": "merged"}
 
     def plan(self, checkpoint: Checkpoint, params: VloraParams) -> Outline:
         """The tensors that get a delta and, for type m, every MLP, or those of an attached generator and its encoder.

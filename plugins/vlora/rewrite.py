@@ -244,10 +244,11 @@ def _attached(checkpoint: Checkpoint, aim: Aim, params: VloraParams, *, planned:
 
 
 def _dropped(checkpoint: Checkpoint, aim: Aim) -> dict[str, str]:
-    """The files of a generator; one that was named by its folder may have left its config among the base's files."""
+    """The files of a generator that the checkpoint carries, whether it is the one that is used or not."""
     if aim.own:
         return dict.fromkeys((OWN_CONFIG, OWN_WEIGHTS), "the generator has done its work")
-    return {OWN_CONFIG: "its generator is not carried along"} if OWN_CONFIG in checkpoint.files else {}
+    found = (name for name in (OWN_CONFIG, OWN_WEIGHTS) if name in checkpoint.files)
+    return dict.fromkeys(found, "another generator was named")
 
 
 def _delta(place: Place, pairs: Pairs | None, scale: float) -> LowRankDelta:

@@ -11,6 +11,10 @@ width ended, which cannot be loaded: here a stage goes on with the generator's o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.patch import Outline, Patch
 from regraft.core.transformation import Run, Transformation
@@ -24,6 +28,20 @@ class VloraTrain(Transformation[VloraTrainParams]):
     summary = "Train a generator that turns images into weights: alone, or with the language model."
     paper = "Ma et al. 2024, VLoRA, arXiv 2405.20339"
     Params = VloraTrainParams
+
+    @classmethod
+    def example(cls, checkpoint: Checkpoint, folder: Path) -> Mapping[str, Any]:
+        """Parameters for a tiny checkpoint: two steps of the second stage, with a new generator."""
+        from regraft.core.testing.data import write_rows
+        from regraft.plugins.vlora.example import SIZES, write_features
+
+        colours = ("red", "green", "blue", "white")
+        rows = [{"prompt": "colour?", "answer": word, "features": word} for word in colours]
+        return {
+            "data": str(write_rows(folder / "rows.jsonl", rows)),
+            "features": str(write_features(folder / "features.safetensors", colours)),
+            "train": "both", "new": SIZES, "lr": 1e-2, "batch_size": 2, "learning": {"precision": "float32"},
+        }  # fmt: skip
 
     def check(self, checkpoint: Checkpoint, params: VloraTrainParams) -> None:
         """Refuse data that is not there and, where the language model learns, quantised weights.

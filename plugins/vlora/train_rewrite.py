@@ -15,14 +15,13 @@ from regraft.core.training.footprint import shared_bytes, state_bytes, training_
 from regraft.core.training.whole import learnable, refuse_quantised
 from regraft.plugins.vlora.folder import GeneratorFolder, open_generator
 from regraft.plugins.vlora.places import check_model
-from regraft.plugins.vlora.settings import TYPES, GeneratorSettings, settings_for
+from regraft.plugins.vlora.settings import GeneratorSettings, settings_for
 from regraft.plugins.vlora.train_data import check_files
 from regraft.plugins.vlora.train_own import OWN, OWN_CONFIG, OWN_WEIGHTS, config_change, own_generator, own_settings
 from regraft.plugins.vlora.train_params import NewGenerator, VloraTrainParams
 from regraft.plugins.vlora.train_pictures import sight_of, tower_for
-from regraft.plugins.vlora.widen import check_widening
+from regraft.plugins.vlora.widen import PARALLEL, check_widening, mergeable_types
 
-PARALLEL = "m"
 _USUAL_TOKENS = 512
 """Of a row, for the estimate of memory, where the recipe gives no limit."""
 _FP32 = 4
@@ -138,7 +137,7 @@ def _new(architecture: Architecture, params: VloraTrainParams) -> GeneratorSetti
     sight = sight_of(params)
     return settings_for(
         architecture,
-        types=_types(architecture) if sizes.types is None else sizes.types,
+        types=mergeable_types(architecture) if sizes.types is None else sizes.types,
         skip_layers=sizes.every,
         weights_sep=sizes.separate,
         visual_dim=sight.width,
@@ -147,15 +146,6 @@ def _new(architecture: Architecture, params: VloraTrainParams) -> GeneratorSetti
         select_layer=sight.select_layer,
         **given,
     )
-
-
-def _types(architecture: Architecture) -> str:
-    """All types that can be merged into the model."""
-    try:
-        check_widening(architecture)
-    except Unsupported:
-        return TYPES.replace(PARALLEL, "")
-    return TYPES
 
 
 def _parallel(settings: GeneratorSettings, architecture: Architecture) -> tuple[str, ...]:

@@ -24,9 +24,13 @@ from regraft.core.operations import Value
 from regraft.core.patch import Edit
 from regraft.core.specs import FLOAT_CODES, TensorSpec
 from regraft.core.tensors import LazyTensor, RowReader
+from regraft.plugins.vlora.settings import TYPES
 
 if TYPE_CHECKING:
     import torch
+
+PARALLEL = "m"
+"""The type that is a path beside the MLP."""
 
 SILU_ONE = 1.2784645427610738
 """silu(SILU_ONE) = 1."""
@@ -109,7 +113,7 @@ class Joined(LazyTensor):
         def below(start: int, stop: int) -> torch.Tensor:
             parts = []
             if start < rows:
-                parts.append(read(start, min(stop, rows)))
+                parts.append(read(start, min(stop, rows)).to(dtype))
             if stop > rows:
                 parts.append(more(max(start, rows) - rows, stop - rows).to(dtype))
             return torch.cat(parts)
@@ -139,6 +143,15 @@ def check_widening(architecture: Architecture) -> None:
         raise _refusal(architecture, f"the {architecture.family} class has no key {_SWITCH} that gives the MLP biases")
     if architecture.settings.get("hidden_act", "silu") not in ("silu", "swish"):
         raise _refusal(architecture, f"the MLP's activation is {architecture.settings['hidden_act']}, not silu")
+
+
+def mergeable_types(architecture: Architecture) -> str:
+    """All types that can be merged into the model."""
+    try:
+        check_widening(architecture)
+    except Unsupported:
+        return TYPES.replace(PARALLEL, "")
+    return TYPES
 
 
 def widened(

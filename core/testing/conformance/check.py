@@ -16,7 +16,10 @@ Status = Literal["passed", "failed", "not applicable"]
 
 
 class NotApplicable(Exception):
-    """The check says nothing about this transformation; the text is the reason."""
+    """The check says nothing about this transformation; the text is the reason.
+
+    An `example` raises it where a package that the transformation needs is not installed: then no check applies.
+    """
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,10 @@ string alone; rows are means or come from a table, since its hypernetworks are n
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.patch import Outline, Patch
 from regraft.core.transformation import Run, Transformation
@@ -21,6 +25,14 @@ class DynamicTokenization(Transformation[DynamicTokenizationParams]):
     paper = "Feher et al. 2024, Dynamic Tokenization, arXiv 2411.18553"
     loads_with = "stock transformers; merging: runtime.py in the checkpoint, with torch and tokenizers"
     Params = DynamicTokenizationParams
+
+    @classmethod
+    def example(cls, checkpoint: Checkpoint, folder: Path) -> Mapping[str, Any]:
+        """Parameters for a tiny checkpoint: half of the way on a few sentences, with a table of eight rows."""
+        from regraft.core.testing.data import texts, write_rows
+
+        rows = write_rows(folder / "texts.jsonl", texts(16))
+        return {"corpus": str(rows), "reduction": 0.5, "composer": "table", "table_size": 8}
 
     def check(self, checkpoint: Checkpoint, params: DynamicTokenizationParams) -> None:
         """Refuse what cannot be done.

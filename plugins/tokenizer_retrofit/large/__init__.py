@@ -8,6 +8,10 @@ where the paper searches them by cosine; special tokens are always candidates; t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.patch import Outline, Patch
 from regraft.core.transformation import Run, Transformation
@@ -22,6 +26,25 @@ class LargeVocabulary(Transformation[LargeVocabularyParams]):
     paper = "Feher et al. 2024, Dynamic Tokenization, arXiv 2411.18553"
     loads_with = "stock transformers; new tokens: runtime.py in the checkpoint, with torch, tokenizers and faiss-cpu"
     Params = LargeVocabularyParams
+
+    @classmethod
+    def example(cls, checkpoint: Checkpoint, folder: Path) -> Mapping[str, Any]:
+        """Parameters for a tiny checkpoint: eight tokens that are learnt on a few sentences.
+
+        Raises:
+            NotApplicable: faiss is not installed.
+        """
+        from regraft.core.errors import UsageError
+        from regraft.core.testing.conformance.check import NotApplicable
+        from regraft.core.testing.data import texts, write_rows
+        from regraft.plugins.tokenizer_retrofit.large.library import check_library
+
+        try:
+            check_library()
+        except UsageError as missing:
+            raise NotApplicable(f"{missing.message}: {missing.remedy}") from None
+        rows = write_rows(folder / "texts.jsonl", texts(32))
+        return {"corpus": str(rows), "size": 8, "queries": 32, "candidates": 4}
 
     def check(self, checkpoint: Checkpoint, params: LargeVocabularyParams) -> None:
         """Refuse what cannot be done.

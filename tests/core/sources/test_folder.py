@@ -201,6 +201,19 @@ def test_the_folder_of_a_runtime_is_carried_whole_but_for_pickles(tmp_path):
     assert set(checkpoint.left_behind) == {"half/rows.safetensors", "own/rows.bin"}
 
 
+def test_the_folder_of_a_part_that_a_step_left_is_carried_whole_but_for_pickles(tmp_path):
+    part = {"part/config.json": '{"format": "regraft-part"}', "part/model.safetensors": "x"}
+    others = {
+        "other/config.json": '{"format": "of others"}',
+        "broken/config.json": "{",
+        "listed/config.json": '{"format": ["regraft-part"]}',
+    }
+    weights = {name.replace("config.json", "model.safetensors"): "x" for name in others} | {"part/optimizer.pt": "x"}
+    checkpoint = open_folder(write_checkpoint(tmp_path, tensors(), files=part | others | weights), label="m")
+    assert set(checkpoint.files) == {"config.json", *part, *others}
+    assert set(checkpoint.left_behind) == set(weights)
+
+
 def test_a_stale_index_beside_a_named_file_is_listed(tmp_path):
     folder = write_checkpoint(tmp_path, tensors())
     (folder / INDEX).write_text(json.dumps({"weight_map": {"x": TWO}}))

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 
 from regraft import Edit, FileRef, MemoryTensor, Operation, Params, Patch, ScaleRows, Unsupported, Value, WeightSpace
 from regraft.core.patch import Outline
+from regraft.testing import NotApplicable
 
 NAMES = ("model.layers.0.self_attn.o_proj.weight", "model.layers.1.self_attn.o_proj.weight")
 
@@ -53,6 +54,14 @@ class NeedingParams(Params):
 
 class WithoutExample(Sound):
     name, Params = "toy-without-example", NeedingParams
+
+
+class WithoutPackage(Sound):
+    name = "toy-without-package"
+
+    @classmethod
+    def example(cls, checkpoint, folder):
+        raise NotApplicable("it needs nothing-like-it, which is not installed")
 
 
 class BareParams(Params):

@@ -1,4 +1,7 @@
-"""Our own weight-space transformations conform, with their own examples."""
+"""Our own transformations that work on weights alone conform, with their own examples.
+
+Those that run a model conform too, which takes longer: `regraft plugins check regraft`.
+"""
 
 import pytest
 
@@ -7,7 +10,7 @@ from regraft.core.testing.conformance.processes import probe
 from regraft.core.testing.conformance.subject import Subject
 from regraft.core.testing.conformance.suite import CHECKS
 
-NAMES = ("context-extension", "grow", "lora-merge", "steer")
+NAMES = ("context-extension", "grow", "lora-merge", "patch", "steer", "vlora")
 
 
 @pytest.fixture(scope="module")

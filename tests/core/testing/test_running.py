@@ -71,6 +71,14 @@ def test_where_the_example_does_not_hold_nothing_else_is_tried(tmp_path):
     assert "give the class an `example`" in outcomes[0].message
 
 
+def test_where_the_example_needs_what_is_not_installed_no_check_applies(tmp_path):
+    (outcome,) = conform(Subject(broken.WithoutPackage, tmp_path, families=("llama",)))
+    assert outcome.status == "not applicable"
+    assert outcome.message == "it needs nothing-like-it, which is not installed"
+    broken_example = conform(Subject(broken.WithoutPackage, tmp_path, families=("llama",), params={"facto": 1.0}))
+    assert [one.status for one in broken_example] == ["failed"]
+
+
 def test_only_and_without_name_checks(tmp_path):
     subject = Subject(broken.Sound, tmp_path, families=("llama",))
     reasons = {"describes_itself": "no need"}

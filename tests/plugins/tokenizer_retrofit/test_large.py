@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from regraft.core.sources.open import open_checkpoint
+from regraft.core.testing.conformance.subject import Subject
+from regraft.core.testing.conformance.suite import conform
 from regraft.core.transformation import Run
 from regraft.plugins.tokenizer_retrofit.hypernet import open_hypernet, predict
 from regraft.plugins.tokenizer_retrofit.large import LargeVocabulary as Step
@@ -278,3 +280,10 @@ def test_changed_weights_are_warned_about_and_missing_files_named(made, model, r
     (copy / "large_vocabulary" / "rows.safetensors").unlink()
     with pytest.raises(ValueError, match=r"rows.safetensors is missing"):
         runtime.LargeVocabulary(model, copy)
+
+
+def test_without_faiss_its_conformance_is_not_tried(tmp_path, monkeypatch):
+    monkeypatch.setattr("regraft.plugins.tokenizer_retrofit.large.library.find_spec", lambda name: None)
+    (outcome,) = conform(Subject(Step, tmp_path, families=("llama",)))
+    assert outcome.status == "not applicable"
+    assert outcome.message.endswith("faiss, which is not installed: pip install 'regraft[faiss]'")

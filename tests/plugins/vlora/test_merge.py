@@ -11,6 +11,7 @@ from regraft.core.errors import UsageError
 from regraft.core.low_rank import LowRankDelta
 from regraft.core.patch import overlay
 from regraft.core.sources.folder import open_folder
+from regraft.core.specs import torch_dtype
 from regraft.core.training.model import materialise_model
 from regraft.core.transformation import Run
 from regraft.plugins.vlora import Vlora
@@ -254,3 +255,12 @@ def test_the_generator_of_an_earlier_step_is_used_and_left_behind(llama, tmp_pat
 def _again(checkpoint, tmp_path):
     params = VloraParams(generator=tmp_path / "g", features=tmp_path / "features.safetensors")
     return Vlora().apply(checkpoint, params, Run("again"))
+
+
+def test_every_tensor_of_a_merge_is_in_the_dtype_that_it_states(llama, tmp_path):
+    base, _ = llama
+    make_generator(base, tmp_path / "g", types="m")
+    patch, _ = vlora(base, tmp_path / "g", tmp_path)
+    for edit in patch.edits.values():
+        for operand in edit.operation.operands.values():
+            assert operand.load().dtype == torch_dtype(operand.spec.dtype), operand.spec

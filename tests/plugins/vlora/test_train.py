@@ -302,7 +302,7 @@ def test_two_processes_learn_what_one_learns(llama, lesson, tmp_path):
             torch.testing.assert_close(one[stage]["weights"][name], value, rtol=0, atol=2e-4)
 
 
-def test_steps_behind_it_take_its_generator_and_later_recipes_its_folder(llama, lesson, monkeypatch):
+def test_steps_behind_it_and_later_recipes_take_its_generator(llama, lesson, monkeypatch):
     monkeypatch.chdir(lesson)
     common = {"use": "vlora-train", "data": "rows.jsonl", "features": "features.safetensors", "batch_size": 4,
               "lr": 1e-3}  # fmt: skip
@@ -317,10 +317,18 @@ def test_steps_behind_it_take_its_generator_and_later_recipes_its_folder(llama, 
     assert not same_bits(loaded(open_checkpoint("three")), loaded(open_checkpoint("two")))
     assert names(Path("two/vlora")) == ["config.json", "model.safetensors"]
     assert not Path("three/vlora").exists()
+    done("apply", write_recipe(lesson / "found.toml", "two", baked), "-o", "found")
+    assert same_bits(loaded(open_checkpoint("three")), loaded(open_checkpoint("found")))
+    assert not Path("late/vlora").exists()
+    assert not Path("found/vlora").exists()
     beside = {**baked, "generator": "two/vlora", "output": "adapter"}
     done("apply", write_recipe(lesson / "beside.toml", "two", beside), "-o", "beside")
     assert Path("beside/adapter_model.safetensors").is_file()
     again = {key: value for key, value in second.items() if key != "id"}
+    assert (
+        "the generator of an earlier step goes on" in done("plan", write_recipe(lesson / "on.toml", "two", again)).out
+    )
+    Path("two/vlora/model.safetensors").unlink()
     refused = regraft("plan", write_recipe(lesson / "again.toml", "two", again))
     assert refused.code == 2
     assert "the base was made together with a generator" in refused.err
