@@ -10,7 +10,7 @@ what to do with it, and the model can write the new tokens too.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from itertools import groupby
 
 from regraft.core.errors import InputError, Unsupported
@@ -57,8 +57,11 @@ def extend(
     bytes_ = {symbol: old.rows + place for place, symbol in enumerate(missing)}
     able = assemble(old, {**old.ids, **bytes_}, merges=old.merges, added=added_entries(old)) if missing else old
     words = count_words(texts, able, tell=_telling(tell, "{:,} characters of the corpus read", every=1 << 20))
-    if apart := [*map(byte_piece, range(256))] if old.spelling == "pieces" else missing:
-        words = _parted(words, frozenset(apart))
+    apart = {*map(byte_piece, range(256))} if old.spelling == "pieces" else {*missing}
+    if old.unknown is not None:
+        apart.add(old.unknown)
+    if apart:
+        words = _parted(words, able.ids.keys() - apart)
     merges = learn_merges(
         words, size, taken=able.ids, min_count=min_count, max_length=max_length, join=old.joined,
         tell=_telling(tell, f"{{}} of {size} merges learnt", every=512),
@@ -111,12 +114,16 @@ def _telling(tell: Callable[[str], None], line: str, *, every: int) -> Callable[
     return show
 
 
-def _parted(words: Mapping[Word, int], apart: frozenset[str]) -> Counter[Word]:
-    """Words cut at some tokens that are to stay alone: a token of several byte pieces, say, would not be decoded."""
+def _parted(words: Mapping[Word, int], able: Set[str]) -> Counter[Word]:
+    """Words cut at what no merge is to go through, and that is left out: tokens beside `able`.
+
+    A token of several byte pieces would not be decoded; one with a part that stands for whatever is unknown (which
+    Unigram gives as the text itself, no token at all) would mean no text.
+    """
     found: Counter[Word] = Counter()
     for word, count in words.items():
-        for alone, run in groupby(word, apart.__contains__):
-            if not alone:
+        for whole, run in groupby(word, able.__contains__):
+            if whole:
                 found[tuple(run)] += count
     return found
 

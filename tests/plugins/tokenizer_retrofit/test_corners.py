@@ -330,3 +330,27 @@ def test_a_huge_line_is_cut_like_the_lines_it_holds(tmp_path):
         added.append({text for index, text in TokenizerFile.of(after).tokens.items() if index not in old})
     assert len(added[0]) == 30
     assert len(added[0] & added[1]) >= 28
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("unigram", {}),
+        ("piece-bpe", {"byte_fallback": False, "fuse_unk": True}),
+        ("piece-bpe", {"byte_fallback": False, "fuse_unk": False}),
+        ("wordpiece", {"max_input_chars_per_word": 6}),
+    ],
+)
+def test_no_merge_goes_through_what_is_unknown(kind, settings):
+    given = document(kind)
+    given["model"].update(settings)
+    old = parsed(given)
+    text = "de 猫猫a 猫kosten 猫a b猫 gezelligheid "
+    new = extend(old, old.rows, [text * 30], size=12, min_count=2, max_length=16)
+    made_new = [new.tokenizer.tokens[index] for index in range(old.rows, new.tokenizer.rows)]
+    assert made_new
+    assert not any("猫" in token or "<unk>" in token for token in made_new)
+    cut, before = ids(new.tokenizer, text), ids(old, text)
+    assert [part for index in cut for part in (new.origins[index].parts or [index])] == before
+    assert cut.count(old.ids["<unk>"]) == before.count(old.ids["<unk>"]) >= 3
+    assert len(cut) < len(before)
