@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +11,8 @@ from regraft.core.checkpoint import Checkpoint
 from regraft.core.errors import InputError, Unsupported
 from regraft.core.specs import FLOAT_CODES, TensorSpec
 from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
+
+_ELSEWHERE = re.compile(r"\.\d+\.|position")
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,13 @@ def _bias(checkpoint: Checkpoint, architecture: Architecture) -> str | None:
 
 
 def _tall(checkpoint: Checkpoint, embeddings: str, axes: int) -> str | None:
-    """The tensor beside the embeddings that has a row, or a number, for each token; None without."""
+    """The tensor beside the embeddings that has a row, or a number, for each token; None without.
+
+    Those of layers and positions may have as many by chance.
+    """
     shape = checkpoint.specs[embeddings].shape[:axes]
-    found = [name for name, spec in checkpoint.specs.items() if name != embeddings and spec.shape == shape]
+    beside = (name for name in checkpoint.specs if name != embeddings and not _ELSEWHERE.search(name))
+    found = [name for name in beside if checkpoint.specs[name].shape == shape]
     if len(found) > 1:
         raise Unsupported("several tensors may have a row for each token", where=", ".join(found), expected="one",
                           remedy="this model has more tables than embeddings and a head")  # fmt: skip

@@ -231,8 +231,8 @@ def test_an_encoder_with_the_bias_of_its_masked_head_is_extended(tmp_path, corpu
     for file in folder.glob("*model*.safetensors"):
         file.unlink()
     rows = toys.backend("wordpiece").get_vocab_size()
-    model = BertForMaskedLM(BertConfig(vocab_size=rows, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                                       num_attention_heads=2, max_position_embeddings=64))  # fmt: skip
+    model = BertForMaskedLM(BertConfig(vocab_size=rows, hidden_size=16, intermediate_size=rows, num_hidden_layers=1,
+                                       num_attention_heads=2, max_position_embeddings=rows))  # fmt: skip
     torch.nn.init.normal_(model.cls.predictions.bias)
     model.save_pretrained(folder)
     _, after, patch = toys.retrofit(folder, corpus)
