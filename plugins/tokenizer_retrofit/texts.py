@@ -17,8 +17,8 @@ Kind = Literal["held-out", "corpus", "built-in"]
 
 HELD_OUT_BYTES = 100_000
 """Of the held-out texts that are measured."""
-_MOST_FILES, _MOST_PASSAGES = 8, 2
-"""Of the corpus, and of each of its files."""
+_MOST_FILES, _MOST_PASSAGES = 8, 16
+"""Of the corpus."""
 LABELS: Mapping[str, str] = {
     "held-out": "the held-out texts",
     "corpus": "the corpus's first passages, which the vocabulary is made for",
@@ -45,7 +45,7 @@ class Texts:
 
 
 def texts_of(params: TokenizerRetrofitParams, checkpoint: Checkpoint) -> Texts:
-    """Held-out texts where they are given; else two passages of each of the first files of the corpus.
+    """Held-out texts where they are given; else the first passages of each of the first files of the corpus.
 
     Args:
         params: of the step.
@@ -64,7 +64,8 @@ def texts_of(params: TokenizerRetrofitParams, checkpoint: Checkpoint) -> Texts:
     most = _MOST_PASSAGES * nbytes
     found = {name: passages([text], nbytes=nbytes) for name, text in corpus.by_file(most, _MOST_FILES).items()}
     found = found or _by_file(Corpus(corpus.data, most), nbytes)
-    return Texts("corpus", {name: own[:_MOST_PASSAGES] for name, own in found.items()})
+    each = max(1, _MOST_PASSAGES // len(found))
+    return Texts("corpus", {name: own[:each] for name, own in found.items()})
 
 
 def _by_file(corpus: Corpus, nbytes: int) -> dict[str, list[str]]:

@@ -222,10 +222,10 @@ def test_code_of_a_checkpoint_does_not_run_untrusted(tmp_path, corpus):
 def test_bits_per_byte_that_rise_by_more_than_they_may_fail_the_step():
     base, few = "demo:tiny", {"size": 64, "max_bpb_increase": 0.1}
     _, _, patch = toys.retrofit(base, STORY, **few)
-    assert patch.metrics["bpb_initial"] < patch.metrics["bpb_before"]
+    assert 0.01 < patch.metrics["bpb_initial"] - patch.metrics["bpb_before"] < 0.1
     assert patch.metrics["bpb_texts"] == "corpus"
     with pytest.raises(TransformationError, match="max_bpb_increase"):
-        toys.retrofit(base, STORY, vocabulary="replace-train", size=600, max_bpb_increase=0.5)
+        toys.retrofit(base, STORY, **{**few, "max_bpb_increase": 0.01})
     harm = {"steps": 4, "tokens": 64, "lr": 1.0, "warmup_steps": 0, "precision": "float32"}
     with pytest.raises(TransformationError, match="max_bpb_increase"):
         toys.retrofit(base, STORY, **few, adapt=harm)
