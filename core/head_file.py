@@ -91,11 +91,6 @@ def read_head_file(path: Path, *, site: str | None = None) -> HeadFile:
     )
 
 
-def read_heads(path: Path, *, site: str = "head") -> list[Head]:
-    """Layer and head of the chosen heads, the best first. Raises as `read_head_file`."""
-    return list(read_head_file(path, site=site).heads)
-
-
 def check_heads(heads: Collection[Head], num_layers: int, num_heads: int, *, where: object) -> None:
     """Refuse heads that a model does not have.
 

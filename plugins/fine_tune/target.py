@@ -11,7 +11,7 @@ from pathlib import Path
 from regraft.core.architectures import Architecture, architecture_of
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.errors import InputError, Unsupported, UsageError
-from regraft.core.head_file import Head, check_heads, read_heads
+from regraft.core.head_file import Head, check_heads, read_heads_of
 from regraft.core.host import host
 from regraft.core.recipe.suggest import did_you_mean
 from regraft.core.specs import TensorSpec
@@ -114,10 +114,10 @@ def _of_heads(checkpoint: Checkpoint, params: FineTuneParams, specs: Mapping[str
 def _heads(params: FineTuneParams, architecture: Architecture) -> list[Head]:
     given = params.heads
     assert given is not None
-    heads = read_heads(given) if isinstance(given, Path) else list(given)
-    where = f"{given}: heads" if isinstance(given, Path) else "heads"
-    check_heads(heads, architecture.num_layers, architecture.num_heads, where=where)
-    return sorted(set(heads))
+    if isinstance(given, Path):
+        return sorted(read_heads_of(given, architecture.num_layers, architecture.num_heads).heads)
+    check_heads(given, architecture.num_layers, architecture.num_heads, where="heads")
+    return sorted(set(given))
 
 
 def _slices(

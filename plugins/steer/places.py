@@ -7,7 +7,7 @@ from pathlib import Path
 
 from regraft.core.architectures import Architecture
 from regraft.core.errors import Unsupported, UsageError
-from regraft.core.head_file import check_heads, read_heads
+from regraft.core.head_file import check_heads, read_heads_of
 from regraft.core.layers import layers_of
 from regraft.core.offsets import HeadOffset, Offset, ResidualBias
 from regraft.core.specs import TensorSpec
@@ -79,11 +79,12 @@ def _heads(params: SteerParams, architecture: Architecture) -> list[tuple[int, i
             raise UsageError("there are fewer heads to choose from", where="heads", expected=f"at most {len(heads)}",
                              found=given, remedy="choose fewer, or from more layers")  # fmt: skip
         return heads
-    named = read_heads(given, site=params.site) if isinstance(given, Path) else list(given)
-    where = given if isinstance(given, Path) else "heads"
-    check_heads(named, architecture.num_layers, per_layer, where=where)
+    if isinstance(given, Path):
+        return list(read_heads_of(given, architecture.num_layers, per_layer, site=params.site).heads)
+    named = list(given)
+    check_heads(named, architecture.num_layers, per_layer, where="heads")
     if twice := [head for head in named if named.count(head) > 1]:
-        raise UsageError("a head is named twice", where=where, found=list(twice[0]), remedy="name it once")
+        raise UsageError("a head is named twice", where="heads", found=list(twice[0]), remedy="name it once")
     return named
 
 

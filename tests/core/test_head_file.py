@@ -5,7 +5,7 @@ import json
 import pytest
 
 from regraft.core.errors import InputError, UsageError
-from regraft.core.head_file import HeadFile, check_heads, read_head_file, read_heads
+from regraft.core.head_file import HeadFile, check_heads, read_head_file, read_heads_of
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -16,7 +16,7 @@ def test_what_is_written_is_read(tmp_path):
 
 def test_a_file_by_hand(tmp_path):
     (tmp_path / "heads.json").write_text('{"heads": [[3, 0], [1, 2]]}')
-    assert read_heads(tmp_path / "heads.json") == [(3, 0), (1, 2)]
+    assert read_heads_of(tmp_path / "heads.json", 4, 4).heads == ((3, 0), (1, 2))
 
 
 def test_a_score_that_is_not_finite_is_written_as_null():
@@ -52,13 +52,13 @@ def test_what_is_wrong_is_named(tmp_path, text, where, message):
 
 def test_no_such_file(tmp_path):
     with pytest.raises(InputError, match="no such file of heads"):
-        read_heads(tmp_path / "heads.json")
+        read_head_file(tmp_path / "heads.json")
 
 
 def test_heads_of_another_kind(tmp_path):
     (tmp_path / "heads.json").write_bytes(HeadFile(((0, 0),), "kv-group").as_bytes())
     with pytest.raises(InputError, match="of another kind"):
-        read_heads(tmp_path / "heads.json")
+        read_head_file(tmp_path / "heads.json", site="head")
 
 
 @pytest.mark.parametrize("head", [(2, 0), (0, 4)])

@@ -140,6 +140,7 @@ REFUSED = {
     "no file": ({"heads": "none.json"}, InputError, "no such file of heads"),
     "key-value heads": ({"heads": "groups.json"}, InputError, "heads are of another kind"),
     "a head out of range in a file": ({"heads": "far.json"}, UsageError, "no head 9 of layer 0"),
+    "heads of another model": ({"heads": "other.json"}, UsageError, "a model of another shape"),
 }
 
 
@@ -148,6 +149,7 @@ def test_bad_heads_are_refused_by_the_plan(case, tiny_folder, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "groups.json").write_text(json.dumps({"site": "kv-group", "heads": [[0, 0]]}))
     (tmp_path / "far.json").write_text(json.dumps({"heads": [[0, 9]]}))
+    (tmp_path / "other.json").write_text(json.dumps({"heads": [[0, 1]], "num_layers": 3}))
     values, kind, words = REFUSED[case]
     with pytest.raises(kind, match=words) as caught:
         target_of(open_checkpoint(tiny_folder()), params(data="x", select="heads", **values))

@@ -106,6 +106,9 @@ def test_planted_heads_are_chosen(tiny_folder, tmp_path):
     (tmp_path / "heads.json").write_bytes(patch.reports["heads.json"].read())
     _, again = steer(folder, site="head", heads=tmp_path / "heads.json", **sets)
     assert again.reports["vectors.safetensors"].read() == patch.reports["vectors.safetensors"].read()
+    (tmp_path / "heads.json").write_text(json.dumps({**heads, "num_layers": 3}))
+    with pytest.raises(UsageError, match="a model of another shape"):
+        steer(folder, site="head", heads=tmp_path / "heads.json", **sets)
 
 
 BAKED = [
