@@ -12,10 +12,12 @@ COPY plugins plugins
 COPY recipes recipes
 COPY docs/reference/regraft.1 docs/reference/regraft.1
 ARG EXTRAS=""
+# hadolint ignore=DL3013  # this folder, and no package of an index
 RUN pip install --no-cache-dir ".${EXTRAS}"
 
 FROM python:3.12-slim-bookworm
 # Triton builds its launchers with a C compiler when a kernel first runs
+# hadolint ignore=DL3008  # Debian keeps one version of each, and removes what it replaces
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/regraft /opt/regraft
 ENV PATH=/opt/regraft/bin:$PATH NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
