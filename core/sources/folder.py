@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from regraft.core.buffers import unreadable
-from regraft.core.checkpoint import CONFIG, Checkpoint, FileRef
+from regraft.core.checkpoint import ADAPTER_CONFIG, CONFIG, Checkpoint, FileRef
 from regraft.core.errors import InputError
 from regraft.core.jsonio import brief, read_object
 from regraft.core.sources.open import Reference
@@ -103,6 +103,10 @@ def open_folder(folder: Path, *, label: str) -> Checkpoint:
 
 def _open(folder: Path, label: str) -> Checkpoint:
     if not (folder / CONFIG).is_file():
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise InputError("the folder is an adapter, no model", where=label, expected=f"a folder with {CONFIG}",
+                             found=ADAPTER_CONFIG,
+                             remedy='name its base model here, and merge it with a step use = "lora-merge"')  # fmt: skip
         raise InputError(
             f"the folder has no {CONFIG}",
             where=label,

@@ -89,7 +89,7 @@ def test_adapters_trained_on_the_old_ids_are_refused(base):
         (folder.parent / "recipe.toml").write_text(f'[base]\nmodel = "adapter"\n[[steps]]{EXTEND}')
         ran = regraft("apply", folder.parent / "recipe.toml", "-o", folder.parent / "out")
         assert ran.code == 3
-        assert "no config.json" in ran.err
+        assert "the folder is an adapter, no model" in ran.err
         assert not (folder.parent / "out").exists()
 
 
