@@ -106,7 +106,7 @@ def _open(folder: Path, label: str) -> Checkpoint:
         if (folder / ADAPTER_CONFIG).is_file():
             raise InputError("the folder is an adapter, no model", where=label, expected=f"a folder with {CONFIG}",
                              found=ADAPTER_CONFIG,
-                             remedy='name its base model here, and merge it with a step use = "lora-merge"')  # fmt: skip
+                             remedy='name its base model, and merge it with a step use = "lora-merge"')  # fmt: skip
         raise InputError(
             f"the folder has no {CONFIG}",
             where=label,
