@@ -17,7 +17,7 @@ Kind = Literal["held-out", "corpus", "built-in"]
 
 HELD_OUT_BYTES = 100_000
 """Of the held-out texts that are measured."""
-_MOST_FILES, _MOST_PASSAGES = 8, 16
+_MOST_FILES, _MOST_PASSAGES = 5, 10
 """Of the corpus."""
 LABELS: Mapping[str, str] = {
     "held-out": "the held-out texts",

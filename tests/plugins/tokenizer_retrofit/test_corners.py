@@ -325,7 +325,7 @@ def test_a_huge_line_is_cut_like_the_lines_it_holds(tmp_path):
     folder = toys.save("llama", tmp_path / "base")
     added = []
     for file in files:
-        before, after, _ = toys.retrofit(folder, file, size=30)
+        before, after, _ = toys.retrofit(folder, file, size=30, proof="files")
         old = TokenizerFile.of(before).tokens
         added.append({text for index, text in TokenizerFile.of(after).tokens.items() if index not in old})
     assert len(added[0]) == 30

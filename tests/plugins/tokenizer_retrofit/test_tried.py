@@ -221,9 +221,6 @@ def test_code_of_a_checkpoint_does_not_run_untrusted(tmp_path, corpus):
 
 def test_bits_per_byte_that_rise_by_more_than_they_may_fail_the_step():
     base, few = "demo:tiny", {"size": 64, "max_bpb_increase": 0.1}
-    _, _, patch = toys.retrofit(base, STORY, **few)
-    assert 0.01 < patch.metrics["bpb_initial"] - patch.metrics["bpb_before"] < 0.1
-    assert patch.metrics["bpb_texts"] == "corpus"
     with pytest.raises(TransformationError, match="max_bpb_increase"):
         toys.retrofit(base, STORY, **{**few, "max_bpb_increase": 0.01})
     harm = {"steps": 4, "tokens": 64, "lr": 1.0, "warmup_steps": 0, "precision": "float32"}
@@ -231,6 +228,7 @@ def test_bits_per_byte_that_rise_by_more_than_they_may_fail_the_step():
         toys.retrofit(base, STORY, **few, adapt=harm)
     _, _, patch = toys.retrofit(base, STORY, **few, adapt=harm, held_out=STORY)
     assert patch.metrics["bpb_adapted"] > patch.metrics["bpb_initial"] + 0.1  # and so given up
+    assert 0.01 < patch.metrics["bpb_initial"] - patch.metrics["bpb_before"] < 0.1
 
 
 def test_without_a_corpus_built_in_texts_are_measured(tmp_path):
