@@ -81,12 +81,12 @@ def read_rope(text: Mapping[str, Any], family: RotaryFamily) -> Rope:
     given = _given(text, family)
     theta = given.get("rope_theta", text.get(family.theta_key, family.theta))
     partial = given.get("partial_rotary_factor", text.get(family.partial_key, family.partial))
-    for key, value in ((family.theta_key, theta), (family.partial_key, partial)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
+    for key, value, least in ((family.theta_key, theta, 1), (family.partial_key, partial, 0)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least < value <= _LARGEST:
             raise InputError(
-                "is no positive number",
+                "is out of range",
                 where=f"config.json: {key}",
-                expected="a positive number",
+                expected=f"a number above {least}",
                 found=repr(value),
                 remedy="correct config.json",
             )

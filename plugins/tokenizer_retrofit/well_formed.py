@@ -24,7 +24,7 @@ def check_form(document: Mapping[str, Any], label: str) -> None:
         InputError: naming the first fault.
     """
     model = document["model"]
-    added, vocab, merges = document.get("added_tokens"), model.get("vocab"), model.get("merges")
+    added, vocab, merges = document.get("added_tokens"), model.get("vocab"), model.get("merges", [])
     if added is not None and not isinstance(added, list):
         raise _fault("added_tokens", "a list", added, label)
     for entry in added or ():
@@ -38,7 +38,7 @@ def check_form(document: Mapping[str, Any], label: str) -> None:
         for piece in vocab:
             if not _is_piece(piece):
                 raise _fault("model.vocab", "pieces with their scores", piece, label)
-    if merges is not None and not (isinstance(merges, list) and all(isinstance(one, str | list) for one in merges)):
+    if not (isinstance(merges, list) and all(isinstance(one, str | list) for one in merges)):
         raise _fault("model.merges", "a list of pairs", merges, label)
     if not isinstance(model.get("unk_id"), int | None):
         raise _fault("model.unk_id", "the number of a piece", model["unk_id"], label)

@@ -38,6 +38,7 @@ def changed(name: str, seed: int, keys: Sequence[str | int], value: object) -> b
         ("adapter-config", 0, ["alpha_pattern"], {"(.*)*x": 1}, "could take for ever"),
         ("adapter-config", 0, ["alpha_pattern"], {".*.*.*.*.*x": 1}, "could take for ever"),
         ("tokenizer", 0, ["model", "merges"], 5, "model.merges"),
+        ("tokenizer", 0, ["model", "merges"], None, "model.merges"),
         ("tokenizer", 0, ["model", "merges"], [5], "model.merges"),
         ("tokenizer", 0, ["model", "merges"], [["a", ""]], "does not read"),
         ("tokenizer", 0, ["model", "vocab", "a"], 2**64, "model.vocab"),
@@ -77,6 +78,7 @@ def test_a_value_of_another_kind_is_refused_by_name(
         (["rope_parameters"], {**YARN, "original_max_position_embeddings": 64, "beta_fast": []}),
         (["rope_parameters"], LLAMA3),
         (["rope_parameters", "rope_theta"], 1e308),
+        (["rope_parameters", "rope_theta"], 1),
     ],
 )
 @pytest.mark.timeout(20)

@@ -286,7 +286,7 @@ def test_a_short_prompt_under_a_new_base_still_computes(tmp_path: Path) -> None:
         ({"max_position_embeddings": None}, {}, Unsupported, "what length"),
         ({"max_position_embeddings": "long"}, {}, InputError, "no length"),
         ({"rope_parameters": [1]}, {}, InputError, "not an object"),
-        ({"rope_parameters": {"rope_theta": 0}}, {}, InputError, "no positive number"),
+        ({"rope_parameters": {"rope_theta": 0}}, {}, InputError, "out of range"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, {}, Unsupported, "of their own"),
         ({"model_type": "gemma3_text"}, {}, Unsupported, "per kind of layer"),
         ({"model_type": "gemma3"}, {}, InputError, "text model"),
