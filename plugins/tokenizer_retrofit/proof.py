@@ -45,7 +45,7 @@ def prove(
         run: which loads tokenizers through transformers.
 
     Returns:
-        Tokens for each word of the sample, before and after; JSON values.
+        Tokens for each word of the sample, before and after, if there is a corpus; JSON values.
 
     Raises:
         TransformationError: a token has another id than the file says; transformers cuts a text otherwise than the
@@ -101,7 +101,9 @@ def check_base(before: Checkpoint, old: TokenizerFile, run: Run) -> tuple[str, .
 
 
 def fertility(sample: Sequence[str], old: Tokenizer, new: Tokenizer) -> dict[str, Any]:
-    """Tokens for each word (what whitespace separates) and bytes for each token, before and after."""
+    """Tokens for each word (what whitespace separates) and bytes for each token, before and after; none of no text."""
+    if not sample:
+        return {}
     words = sum(len(text.split()) for text in sample)
     size = sum(len(text.encode()) for text in sample)
     found: dict[str, Any] = {}

@@ -49,10 +49,10 @@ def tables_page(step: str, figures: Mapping[str, Any], words: Figures) -> bytes:
         figures: of the report.
         words: tokens for each word by file; none without a corpus.
     """
-    whole = {when: figures[f"tokens_per_word_{when}"] for when in ("before", "after")}
     lines = [f"# {step}: the new vocabulary", "", "| rows | |", "|---|---|"]
     lines += [f"| {kind} | {figures[kind]} |" for kind in ("copied", "composed", "unspelled")]
     if words:
+        whole = {when: figures[f"tokens_per_word_{when}"] for when in ("before", "after")}
         lines += ["", "## Tokens for each word", ""]
         lines += _table(["file", "before", "after", "after / before"],
                         ([name, *_numbers(own.values()), _ratio(own["after"], own["before"])]

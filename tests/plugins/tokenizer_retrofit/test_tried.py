@@ -231,11 +231,12 @@ def test_bits_per_byte_that_rise_by_more_than_they_may_fail_the_step():
     assert 0.01 < patch.metrics["bpb_initial"] - patch.metrics["bpb_before"] < 0.1
 
 
-def test_without_a_corpus_built_in_texts_are_measured(tmp_path):
+def test_without_a_corpus_built_in_texts_are_measured_and_no_words_counted(tmp_path):
     base = toys.save("llama", tmp_path / "base")
     _, _, patch = toys.retrofit(base, None, vocabulary="add-tokens", add=["<|x|>"], size=None, min_count=None)
     assert patch.metrics["bpb_texts"] == "built-in"
     assert patch.metrics["bpb_by_file"].keys() == {"built-in"}
+    assert "tokens_per_word_before" not in patch.metrics, "there is no text to count words of"
     assert any("bits per byte of built-in texts" in note for note in patch.notes)
 
 
