@@ -26,7 +26,7 @@ from regraft.core.residual_operations import BiasUpdate, ScaleColumns
 from regraft.core.row_map import RowMap
 from regraft.core.shape_operations import Constant, Resize
 from regraft.core.sparse_operations import ZeroLowest
-from regraft.core.specs import ITEM_BYTES, TensorSpec
+from regraft.core.specs import ITEM_BYTES, TensorSpec, torch_dtype
 from regraft.core.tensors import LazyTensor, WeightFile
 
 PATCH_SCHEMA = 1
@@ -81,7 +81,7 @@ def save_patch(patch: Patch, below: Checkpoint, above: Checkpoint, folder: Path)
     Raises:
         UsageError: the folder exists.
         ResourceError: it cannot be written.
-        PluginError: the patch holds metrics or parameters that are not JSON.
+        PluginError: the patch holds metrics or parameters that are not JSON, or a tensor that belies its spec.
     """
     if folder.exists():
         raise UsageError("the folder for the patch exists already", where=folder, remedy="remove it, or choose another")
@@ -241,5 +241,11 @@ def _write_tensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
     with path.open("wb") as file:
         file.write(render_header(specs, {"format": "pt"}))
         for tensor in tensors.values():
-            values = tensor.load().contiguous().reshape(-1)
-            file.write(values.view(torch.uint8).numpy().data)
+            values = tensor.load()
+            if (values.dtype, tuple(values.shape)) != (torch_dtype(tensor.spec.dtype), tensor.spec.shape):
+                raise PluginError(
+                    "a tensor of a patch loads otherwise than its spec says", where=tensor.spec.name,
+                    expected=tensor.spec, found=f"{values.dtype}, {list(values.shape)}",
+                    remedy="report it to the author of the step's plugin",
+                )  # fmt: skip
+            file.write(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)

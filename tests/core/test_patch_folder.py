@@ -148,6 +148,19 @@ def test_metrics_that_are_not_json_are_a_plugin_fault(below, tmp_path, metrics):
     assert not (tmp_path / "p").exists()
 
 
+class Untrue(MemoryTensor):
+    def open(self, device="cpu"):
+        read = super().open(device)
+        return lambda start, stop: read(start, stop).double()
+
+
+def test_a_tensor_that_is_not_what_it_says_is_a_plugin_fault(below, tmp_path):
+    patch = Patch(edits={"new": Edit(TensorSpec("new", "F32", (3,)), Value(Untrue("operand", torch.ones(3))))})
+    with pytest.raises(PluginError, match="otherwise than its spec says"):
+        saved(patch, below, tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+
+
 @given(codes=st.lists(st.sampled_from(["F32", "BF16", "F16", "F64"]), min_size=3, max_size=3), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=25)
 def test_any_dtypes_give_the_same_bits(tmp_path_factory, codes, seed):
