@@ -151,7 +151,10 @@ def apply(
         check_patch_folders(plan, options.save_patches, [target, *inputs_of(plan)])
     check_resources(plan, target, link=options.link, world=ours.world, here=_on_this_machine(plan, options, ours))
     device = _device(plan, options, ours)
-    with workspace(target, restart=options.restart) as space, _saying_what_stays(space, events, ours):
+    with (
+        workspace(target, force=options.force, restart=options.restart) as space,
+        _saying_what_stays(space, events, ours),
+    ):
         ours.announce(READY)
         ran = run_steps(plan, host, space, device, options, events)
         layout, written = _write(plan, ran, space, device, options, events)

@@ -26,6 +26,7 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 """Step ids that can be names of folders."""
+_NEW = "a folder that is new or empty"
 
 
 @dataclass(frozen=True)
@@ -150,21 +151,14 @@ def _check_against_input(target: Path, resolved: Path, path: Path) -> None:
 
 
 def _check_place(target: Path, resolved: Path, force: bool) -> None:
-    expected = "a folder that is new or empty"
     if resolved.parent == resolved:
         raise UsageError(
-            "the target is the root of the file system", where=target, expected=expected, remedy="choose a folder in it"
+            "the target is the root of the file system", where=target, expected=_NEW, remedy="choose a folder in it"
         )
     if resolved.exists() and not resolved.is_dir():
-        raise UsageError("the target is a file", where=target, expected=expected, remedy="choose another [output] path")
-    space = work_folder(resolved)
-    if not force and (_holds_something(resolved) or (not resolved.exists() and _holds_something(space.replaced))):
-        raise UsageError(
-            "the target is not empty",
-            where=target,
-            expected=expected,
-            remedy="choose another [output] path, or replace it whole with --force",
-        )
+        raise UsageError("the target is a file", where=target, expected=_NEW, remedy="choose another [output] path")
+    if not force:
+        _refuse_full(target, resolved)
     known = any((resolved / name).is_file() for name in (CONFIG, ADAPTER_CONFIG))
     if force and _holds_something(resolved) and not known:
         raise UsageError(
@@ -187,18 +181,29 @@ def _check_place(target: Path, resolved: Path, force: bool) -> None:
         )
 
 
+def _refuse_full(target: Path, resolved: Path) -> None:
+    if _holds_something(resolved) or (not resolved.exists() and _holds_something(work_folder(resolved).replaced)):
+        raise UsageError(
+            "the target is not empty",
+            where=target,
+            expected=_NEW,
+            remedy="choose another [output] path, or replace it whole with --force",
+        )
+
+
 @contextmanager
-def workspace(target: Path, *, restart: bool = False) -> Iterator[Workspace]:
+def workspace(target: Path, *, force: bool = False, restart: bool = False) -> Iterator[Workspace]:
     """Lock and clear the work folder of `target`; remove it in the end, however the end comes.
 
     The state that steps have saved there is kept, until a target stands.
 
     Args:
         target: where the output will go.
+        force: replace a non-empty target.
         restart: forget the state, too.
 
     Raises:
-        UsageError: the target is no path.
+        UsageError: the target is no path, or another run has filled it since it was looked at.
         ResourceError: another run writes this target, or the folder cannot be made.
     """
     space = work_folder(target)
@@ -208,6 +213,8 @@ def workspace(target: Path, *, restart: bool = False) -> Iterator[Workspace]:
         descriptor = _open_locked(space.folder, target)
         try:
             with _making(target):
+                if not force:
+                    _refuse_full(target, resolved)  # again: another run may have held the lock until now
                 _clear(space, keep_state=not restart)
                 space.output.mkdir()
                 space.cache.mkdir()

@@ -7,6 +7,6 @@ NEW, OLD = {"new.txt": "new", "sub/new.txt": "new"}, {"old.txt": "old"}
 
 
 def write(target, *, durable=False, new=NEW):
-    with workspace(target) as space:
+    with workspace(target, force=True) as space:
         fill(space.output, new)
         space.commit(durable=durable)

@@ -17,14 +17,14 @@ from tests.helpers import contents, fill, names, raising
 
 def fail_in(target, error):
     """A run into `target` that fails half way."""
-    with workspace(target) as space:
+    with workspace(target, force=True) as space:
         fill(space.output, NEW)
         raise error
 
 
 def commit_after(target, prepare):
     """A run into `target`, before whose commit something happens."""
-    with workspace(target) as space:
+    with workspace(target, force=True) as space:
         fill(space.output, NEW)
         prepare()
         space.commit(durable=False)
@@ -32,7 +32,7 @@ def commit_after(target, prepare):
 
 @pytest.mark.parametrize("durable", [True, False])
 def test_a_target_appears_complete_and_the_work_folder_goes(target, durable):
-    with workspace(target) as space:
+    with workspace(target, force=True) as space:
         assert space.output.is_dir()
         assert space.cache.is_dir()
         fill(space.output, NEW)
@@ -109,7 +109,7 @@ def test_a_relative_target_does_not_move_with_the_working_folder(tmp_path, monke
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     monkeypatch.chdir(tmp_path / "a")
-    with workspace(Path("model")) as space:
+    with workspace(Path("model"), force=True) as space:
         fill(space.output, NEW)
         monkeypatch.chdir(tmp_path / "b")
         space.commit(durable=False)
@@ -213,7 +213,7 @@ def test_an_old_target_that_cannot_come_back_is_kept_for_the_next_run(target, mo
         write(target)
     assert not target.exists()
     monkeypatch.undo()
-    with workspace(target):
+    with workspace(target, force=True):
         assert contents(target) == OLD
     assert contents(target) == OLD
 

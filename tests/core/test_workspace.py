@@ -23,7 +23,7 @@ def test_the_remains_of_a_killed_run_are_cleared_away(tmp_path, target):
     folder = target.parent / ".model.regraft"
     fill(folder, {"output/half.bin": "x", "cache/step/x": "x", "stray": "x"})
     (folder / "link").symlink_to(kept)
-    with workspace(target) as space:
+    with workspace(target, force=True) as space:
         assert names(space.folder) == ["cache", "output"]
         assert names(space.output) == []
     assert contents(kept) == OLD
@@ -31,7 +31,7 @@ def test_the_remains_of_a_killed_run_are_cleared_away(tmp_path, target):
 
 def test_a_target_that_a_killed_run_was_replacing_comes_back(target):
     fill(target.parent / ".model.regraft", {"replaced/old.txt": "old", "output/new.txt": "new"})
-    with workspace(target) as space:
+    with workspace(target, force=True) as space:
         assert contents(target) == OLD
         assert space.replaces
     assert contents(target) == OLD
@@ -40,7 +40,7 @@ def test_a_target_that_a_killed_run_was_replacing_comes_back(target):
 def test_a_target_that_was_replaced_before_the_kill_stays_new(target):
     fill(target, NEW)
     fill(target.parent / ".model.regraft", {"replaced/old.txt": "old"})
-    with workspace(target):
+    with workspace(target, force=True):
         assert contents(target) == NEW
     assert names(target.parent) == ["model"]
 
@@ -60,7 +60,7 @@ def save_state(space, step="tune"):
 
 
 def save_and(target, then, save=save_state):
-    with workspace(target) as space:
+    with workspace(target, force=True) as space:
         fill(space.output, NEW)
         save(space)
         then(space)
@@ -75,7 +75,7 @@ def test_state_outlives_a_run_that_fails_and_goes_with_the_one_that_succeeds(tar
     break_off(target)
     assert names(target.parent) == [".model.regraft"]
     assert contents(target.parent / ".model.regraft") == {"state/tune/step-2/state.json": "{}"}
-    with workspace(target) as space:
+    with workspace(target, force=True) as space:
         assert contents(space.state_of("tune")) == {"step-2/state.json": "{}"}
         assert names(space.output) == []
         fill(space.output, NEW)
@@ -92,9 +92,9 @@ def test_state_outlives_a_commit_that_fails(target):
 
 def test_a_killed_run_s_state_is_taken_over_or_forgotten(target):
     fill(target.parent / ".model.regraft", {"state/tune/x": "x", "output/half.bin": "x"})
-    with workspace(target) as space:
+    with workspace(target, force=True) as space:
         assert space.keeps_state
-    with workspace(target, restart=True) as space:
+    with workspace(target, force=True, restart=True) as space:
         assert not space.keeps_state
         assert names(space.folder) == ["cache", "output"]
     assert names(target.parent) == []
@@ -110,7 +110,7 @@ def test_a_link_in_place_of_the_state_is_not_followed(tmp_path, target):
     folder = target.parent / ".model.regraft"
     folder.mkdir(parents=True)
     (folder / "state").symlink_to(precious)
-    with workspace(target) as space:
+    with workspace(target, force=True) as space:
         assert not space.keeps_state
         assert names(space.folder) == ["cache", "output"]
     assert contents(precious) == OLD
@@ -118,7 +118,7 @@ def test_a_link_in_place_of_the_state_is_not_followed(tmp_path, target):
 
 def test_every_step_has_a_folder_of_its_own_whatever_its_id(target):
     ids = ["tune", "tune-2", "..", "a/b", "a\0b", "", ".hidden", "_x", "x" * 300, "x" * 301, "tune ", "é"]
-    with workspace(target) as space:
+    with workspace(target, force=True) as space:
         folders = [space.state_of(step) for step in ids]
         for folder in folders:
             assert folder.parent == space.state
@@ -135,7 +135,7 @@ HOLD = """
     from pathlib import Path
     from regraft.core.workspace import workspace
 
-    with workspace(Path(sys.argv[1])) as space:
+    with workspace(Path(sys.argv[1]), force=True) as space:
         (space.output / "half.bin").write_text("x")
         print("held", flush=True)
         sys.stdin.readline()
@@ -162,6 +162,15 @@ def test_two_runs_cannot_write_one_target_at_once(target):
     assert contents(target) == {"half.bin": "x"}
     write(target)
     assert contents(target) == NEW
+
+
+def test_a_run_that_looked_before_another_filled_the_target_replaces_nothing(target):
+    check_target(target, force=False)
+    write(target)
+    with pytest.raises(UsageError, match="the target is not empty"), workspace(target):
+        pytest.fail("it was entered")
+    assert contents(target) == NEW
+    assert names(target.parent) == ["model"]
 
 
 def test_a_killed_run_blocks_nobody(target):
@@ -193,7 +202,7 @@ def test_a_work_folder_that_is_removed_while_it_is_locked_is_not_used(target, mo
         lock(descriptor, how)
 
     monkeypatch.setattr(fcntl, "flock", remove_and_lock)
-    with pytest.raises(ResourceError, match="another run"), workspace(target):
+    with pytest.raises(ResourceError, match="another run"), workspace(target, force=True):
         pytest.fail("it was entered")
 
 
@@ -204,14 +213,14 @@ def test_a_link_in_place_of_the_work_folder_is_not_followed(tmp_path, target):
     precious = fill(tmp_path / "precious", OLD)
     target.parent.mkdir()
     (target.parent / ".model.regraft").symlink_to(precious)
-    with pytest.raises(ResourceError, match="work folder cannot be made"), workspace(target):
+    with pytest.raises(ResourceError, match="work folder cannot be made"), workspace(target, force=True):
         pytest.fail("it was entered")
     assert contents(precious) == OLD
 
 
 def test_a_file_in_place_of_the_work_folder_stays(target):
     fill(target.parent, {".model.regraft": "a file"})
-    with pytest.raises(ResourceError, match="work folder cannot be made"), workspace(target):
+    with pytest.raises(ResourceError, match="work folder cannot be made"), workspace(target, force=True):
         pytest.fail("it was entered")
     assert contents(target.parent) == {".model.regraft": "a file"}
 
@@ -224,12 +233,12 @@ def test_a_work_folder_that_cannot_be_cleared_is_a_resource_error(target, monkey
         return remove(path, ignore_errors=True) if ignore_errors else raising(errno.EACCES)()
 
     monkeypatch.setattr(shutil, "rmtree", fail)
-    with pytest.raises(ResourceError, match="Permission denied"), workspace(target):
+    with pytest.raises(ResourceError, match="Permission denied"), workspace(target, force=True):
         pytest.fail("it was entered")
 
 
 def test_folders_made_in_vain_are_removed(tmp_path):
     target = tmp_path / "a" / "b" / ("x" * 250)
-    with pytest.raises(ResourceError, match="File name too long"), workspace(target):
+    with pytest.raises(ResourceError, match="File name too long"), workspace(target, force=True):
         pytest.fail("it was entered")
     assert names(tmp_path) == []
