@@ -1,6 +1,6 @@
 """regraft beside cp, safetensors, transformers, peft and mergekit on one synthetic checkpoint of 3.5 GB.
 
-Usage: python benchmarks/side_by_side.py [--rounds 3] [--small] [--keep DIR] [--write docs/benchmarks.md]
+Usage: python benchmarks/side_by_side.py [--rounds 2] [--small] [--keep DIR] [--write docs/benchmarks.md]
 
 Every command is a process of its own; wall time, CPU time, peak RSS and minor faults come from the kernel's accounting
 (wait4; a child's peak RSS is never below the harness's own, which is why another process makes the base).
@@ -306,7 +306,7 @@ def report(table: list[Job], samples: dict[Job, list[Sample]], gigabytes: float,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--small", action="store_true", help="a tenth of the size, without peers: a smoke test")
     parser.add_argument("--keep", type=Path, help="work in this folder and keep it")
     parser.add_argument("--write", type=Path, default=Path("docs/benchmarks.md"))
