@@ -4,11 +4,16 @@ import os
 import shutil
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.families import save_tiny
 
 os.environ["REGRAFT_CACHE_SIZE"] = "0"
 """No results of steps from one test in another, nor in the second of two runs that a test compares."""
+
+settings.register_profile("regraft", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("regraft")
+"""No test may fail because the machine has other work; what must end has its own bound."""
 
 
 @pytest.fixture(scope="session")
