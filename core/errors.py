@@ -120,3 +120,9 @@ class PluginError(RegraftError):
     """A plugin is broken, asks for another API, or did what its contract forbids."""
 
     exit_code = 5
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an error, and the first line of what it says."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:300]

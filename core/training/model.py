@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from regraft.core.checkpoint import Checkpoint
-from regraft.core.errors import InputError, ResourceError, Unsupported
+from regraft.core.errors import InputError, ResourceError, Unsupported, first_line
 from regraft.core.specs import CODE_OF_NAME, FLOAT_CODES, torch_dtype
 
 if TYPE_CHECKING:
@@ -59,9 +59,9 @@ def materialise_model(
     with side_folder(checkpoint) as folder, quiet():
         config = _config(checkpoint, folder, trust_remote_code)
         kind = _class_of(checkpoint, config, folder, trust_remote_code)
-        state = _state(checkpoint, dtype)
+        state = state_of(checkpoint, dtype)
         model = _build(checkpoint, kind, config, state, device, dtype, quantize)
-    _set_generation(model, checkpoint)
+    set_generation(model, checkpoint)
     model.name_or_path = checkpoint.label
     model.requires_grad_(False)
     if gradient_checkpointing:
@@ -85,7 +85,7 @@ def materialise_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = F
                 "the checkpoint has no tokenizer that transformers reads",
                 where=checkpoint.label,
                 expected="tokenizer.json, or the files of a tokenizer that it knows",
-                found=_first_line(error),
+                found=first_line(error),
                 remedy="add the tokenizer files of the base model",
             ) from None
     tokenizer.name_or_path = checkpoint.label
@@ -171,10 +171,32 @@ def memory(doing: str) -> Iterator[None]:
             raise
         raise ResourceError(
             f"out of memory while {doing}",
-            found=_first_line(error),
+            found=first_line(error),
             remedy="lower micro_batch or max_tokens, switch on gradient_checkpointing, use optimizer = \"adamw-8bit\", "
             "or hold the frozen weights as nf4",
         ) from None  # fmt: skip
+
+
+def state_of(checkpoint: Checkpoint, dtype: str) -> dict[str, torch.Tensor]:
+    """Every tensor by its name, a copy, floating-point ones in `dtype`.
+
+    Raises:
+        ResourceError: not enough memory.
+    """
+    wanted = torch_dtype(CODE_OF_NAME[dtype])
+    with memory("loading the model"):
+        return {
+            name: tensor.load().to(wanted, copy=True) if tensor.spec.dtype in FLOAT_CODES else tensor.load().clone()
+            for name, tensor in checkpoint.tensors.items()
+        }
+
+
+def set_generation(model: Any, checkpoint: Checkpoint) -> None:
+    """Give a model what the checkpoint's generation_config.json says, if there is one."""
+    from transformers import GenerationConfig
+
+    if checkpoint.generation_config:
+        model.generation_config = GenerationConfig.from_dict(dict(checkpoint.generation_config))
 
 
 def _config(checkpoint: Checkpoint, folder: Path, trust: bool) -> Any:
@@ -186,7 +208,7 @@ def _config(checkpoint: Checkpoint, folder: Path, trust: bool) -> Any:
         raise InputError(
             "transformers does not read the config",
             where=f"{checkpoint.label}: config.json",
-            found=_first_line(error),
+            found=first_line(error),
             remedy="correct config.json, or trust the checkpoint's own code if it needs it",
         ) from None
 
@@ -213,16 +235,6 @@ def _class_of(checkpoint: Checkpoint, config: Any, folder: Path, trust: bool) ->
     return (named or list(kinds))[0]
 
 
-def _state(checkpoint: Checkpoint, dtype: str) -> dict[str, torch.Tensor]:
-    """Every tensor, a copy, floating-point ones in `dtype`."""
-    wanted = torch_dtype(CODE_OF_NAME[dtype])
-    with memory("loading the model"):
-        return {
-            name: tensor.load().to(wanted, copy=True) if tensor.spec.dtype in FLOAT_CODES else tensor.load().clone()
-            for name, tensor in checkpoint.tensors.items()
-        }
-
-
 def _build(
     checkpoint: Checkpoint,
     kind: Any,
@@ -244,7 +256,7 @@ def _build(
             raise Unsupported(
                 "transformers cannot build the model",
                 where=checkpoint.label,
-                found=_first_line(error),
+                found=first_line(error),
                 remedy="install what it names, trust the checkpoint's own code, or use another base",
             ) from None
         _check(checkpoint, info)
@@ -278,14 +290,3 @@ def _check(checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
         if names:
             shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
             raise InputError(message, where=checkpoint.label, found=shown, remedy="check config.json and the tensors")
-
-
-def _set_generation(model: Any, checkpoint: Checkpoint) -> None:
-    from transformers import GenerationConfig
-
-    if checkpoint.generation_config:
-        model.generation_config = GenerationConfig.from_dict(dict(checkpoint.generation_config))
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]

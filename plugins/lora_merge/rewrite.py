@@ -11,8 +11,9 @@ from regraft.core.checkpoint import CONFIG, Checkpoint, FileRef
 from regraft.core.errors import InputError, Unsupported
 from regraft.core.jsonio import merge
 from regraft.core.low_rank import LowRankDelta
-from regraft.core.operations import ComputedTensor, Convert, Value
+from regraft.core.operations import ComputedTensor, Convert, Operation, Value
 from regraft.core.patch import Edit, Patch
+from regraft.core.row_map import RowMap
 from regraft.core.specs import FLOAT_CODES, TensorSpec
 from regraft.core.tensors import LazyTensor
 from regraft.plugins.lora_merge.adapter import Adapter, open_adapter
@@ -196,13 +197,17 @@ def _summary(targets: Targets, params: LoraMergeParams) -> str:
 
 
 def _rounding_notes(targets: Targets, params: LoraMergeParams) -> list[str]:
-    """What rounding does, and whether an earlier step's delta is in the same tensors."""
+    """What rounding does, and what earlier steps have done to the same tensors."""
     notes = []
     tensors = targets.base.checkpoint.tensors
-    again = [name for name, target in targets.by_tensor.items() if target.delta and _changed(tensors.get(name))]
+    changes = targets.by_tensor.items()
+    again = [name for name, target in changes if target.delta and _made_by(tensors.get(name), LowRankDelta)]
     if again and not params.subtract:
         notes.append(f"{len(again)} of these tensors hold the delta of an earlier step already; adapters that were "
                      "trained apart were not trained for their sum")  # fmt: skip
+    if moved := [name for name, target in changes if _made_by(tensors.get(name), RowMap)]:
+        notes.append(f"an earlier step gave {', '.join(moved)} other rows: right only if the adapter was trained "
+                     "behind it, for the same tokens; an older one is to be merged before that step")  # fmt: skip
     if params.subtract:
         notes.append("each tensor is what it was before the merge, but for two roundings to its dtype")
     if params.rounding == "stochastic":
@@ -210,11 +215,11 @@ def _rounding_notes(targets: Targets, params: LoraMergeParams) -> list[str]:
     return notes
 
 
-def _changed(tensor: LazyTensor | None) -> bool:
-    """Whether a low-rank delta stands somewhere below."""
-    if isinstance(tensor, ComputedTensor) and isinstance(tensor.operation, LowRankDelta):
+def _made_by(tensor: LazyTensor | None, kind: type[Operation]) -> bool:
+    """Whether an operation of this kind stands somewhere below."""
+    if isinstance(tensor, ComputedTensor) and isinstance(tensor.operation, kind):
         return True
-    return tensor is not None and any(_changed(source) for source in tensor.sources)
+    return tensor is not None and any(_made_by(source, kind) for source in tensor.sources)
 
 
 def _vocabulary_note(rows: int, files: Mapping[str, FileRef]) -> str:

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 
 from regraft.core.checkpoint import CONFIG, Checkpoint
-from regraft.core.errors import InputError, RegraftError, Unsupported
-from regraft.core.specs import FLOAT_CODES
-from regraft.core.training.model import memory, quiet, side_folder
+from regraft.core.errors import InputError, RegraftError, Unsupported, first_line
+from regraft.core.training.model import memory, quiet, set_generation, side_folder, state_of
 from regraft.core.transformation import Run
 
 
@@ -67,16 +66,10 @@ def load(checkpoint: Checkpoint, run: Run, *, causal: bool) -> Loaded:
         raise InputError("the model's class has tensors that the checkpoint lacks, or has in other shapes",
                          where=checkpoint.label, found=", ".join(lacking[:3]) + ", ..." * (len(lacking) > 3),
                          remedy=f"check {CONFIG} and the tensors")  # fmt: skip
-    _set_generation(model, checkpoint)
+    set_generation(model, checkpoint)
     with memory("loading the model"):
         model = model.requires_grad_(False).eval().to(run.device)
     return Loaded(model, frozenset(map(str, info.get("unexpected_keys") or ())))
-
-
-def first_line(error: BaseException) -> str:
-    """The kind of an error, and the first line of what it says."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:300]
 
 
 def _build(checkpoint: Checkpoint, folder: Path, causal: bool) -> tuple[Any, dict[str, Any]]:
@@ -84,12 +77,8 @@ def _build(checkpoint: Checkpoint, folder: Path, causal: bool) -> tuple[Any, dic
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     kind = _class_of(config, causal)
+    state = state_of(checkpoint, "float32")
     with memory("loading the model"):
-        state = {
-            name: tensor.load().to(torch.float32, copy=True) if tensor.spec.dtype in FLOAT_CODES
-            else tensor.load().clone()
-            for name, tensor in checkpoint.tensors.items()
-        }  # fmt: skip
         model, info = kind.from_pretrained(
             None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -107,10 +96,3 @@ def _class_of(config: Any, causal: bool) -> Any:
             return kind
     kinds = (MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_MAPPING)[type(config)]
     return kinds[0] if isinstance(kinds, Sequence) else kinds
-
-
-def _set_generation(model: Any, checkpoint: Checkpoint) -> None:
-    from transformers import GenerationConfig
-
-    if checkpoint.generation_config:
-        model.generation_config = GenerationConfig.from_dict(dict(checkpoint.generation_config))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from regraft.core.checkpoint import Checkpoint, FileRef
-from regraft.core.errors import InputError, RegraftError, ResourceError, TransformationError, Unsupported
+from regraft.core.errors import InputError, RegraftError, ResourceError, TransformationError, Unsupported, first_line
 from regraft.core.patch import Edit, Patch
 from regraft.core.training.head import Head
 from regraft.core.training.model import memory
@@ -17,7 +17,7 @@ from regraft.core.transformation import Run
 from regraft.plugins.tokenizer_retrofit.adapt import adapt
 from regraft.plugins.tokenizer_retrofit.bits import ALL, bits_by_name
 from regraft.plugins.tokenizer_retrofit.body_places import unchanged
-from regraft.plugins.tokenizer_retrofit.loading import Loaded, first_line, load
+from regraft.plugins.tokenizer_retrofit.loading import Loaded, load
 from regraft.plugins.tokenizer_retrofit.logits import KeptLogits
 from regraft.plugins.tokenizer_retrofit.params import TokenizerRetrofitParams
 from regraft.plugins.tokenizer_retrofit.passages import window_tokens

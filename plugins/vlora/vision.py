@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.core.checkpoint import CONFIG, Checkpoint
-from regraft.core.errors import InputError, RegraftError, Unsupported
+from regraft.core.errors import InputError, RegraftError, Unsupported, first_line
 from regraft.core.sources.open import open_checkpoint
 from regraft.core.specs import FLOAT_CODES
 from regraft.core.tensors import LazyTensor
@@ -165,7 +165,7 @@ class Encoder:
         except (ValueError, RuntimeError) as error:
             raise InputError(
                 "the image processor does not fit the encoder", where=f"{self.tower.label}: {PROCESSOR}",
-                found=_first_line(error), remedy="take both from one checkpoint",
+                found=first_line(error), remedy="take both from one checkpoint",
             ) from None  # fmt: skip
 
 
@@ -241,7 +241,7 @@ def _building(tower: Tower) -> Iterator[None]:
         raise
     except Exception as error:  # transformers raises what it likes here
         raise InputError("transformers does not build the vision encoder", where=f"{tower.label}: {CONFIG}",
-                         found=_first_line(error), remedy="fetch the encoder again") from None  # fmt: skip
+                         found=first_line(error), remedy="fetch the encoder again") from None  # fmt: skip
 
 
 def _stored(tower: Tower, model: Any) -> dict[str, str]:
@@ -275,9 +275,5 @@ def _processor(checkpoint: Checkpoint, folder: Path) -> Any:
         return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     except Exception as error:  # transformers raises what it likes here
         raise InputError("transformers does not read the image processor", where=where,
-                         found=_first_line(error),
+                         found=first_line(error),
                          remedy="fetch the encoder again") from None  # fmt: skip
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]

@@ -8,6 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from regraft.core.errors import InputError
+from regraft.core.patch import Edit, Patch, overlay
+from regraft.core.row_map import row_map
 from regraft.core.sources.folder import open_folder
 from regraft.plugins.lora_merge import LoraMerge
 from regraft.plugins.lora_merge.params import LoraMergeParams
@@ -107,3 +109,22 @@ def test_a_tokenizer_is_left_alone_if_the_vocabulary_stays(tmp_path):
     patch = LoraMerge().patch(open_folder(base, label="base"), LoraMergeParams(adapter=adapter))
     assert not patch.files
     assert not patch.json
+
+
+def test_rows_that_an_earlier_step_gave_to_other_tokens_are_named(tmp_path):
+    base = open_folder(save_tiny("llama", tmp_path / "base"), label="base")
+    name, head = "model.embed_tokens.weight", "lm_head.weight"
+    spec = base.specs[name]
+    turned = row_map(name, [[row] for row in reversed(range(spec.rows))])
+    below = overlay(base, Patch(edits={name: Edit(spec, turned)}), by="retrofit")
+
+    def noted(checkpoint, *modules):
+        adapter = make_adapter(tmp_path / "base", tmp_path / "-".join(modules), target_modules=list(modules))
+        patch = LoraMerge().patch(checkpoint, LoraMergeParams(adapter=adapter))
+        return [note for note in patch.notes if "trained behind it" in note]
+
+    (note,) = noted(below, "embed_tokens", "lm_head")
+    assert name in note
+    assert head not in note
+    assert not noted(below, "q_proj")
+    assert not noted(base, "embed_tokens")
