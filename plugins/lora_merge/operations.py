@@ -70,7 +70,7 @@ class MagnitudeDelta(Operation):
 
 @dataclass(frozen=True)
 class AddScaled(Operation):
-    """`out = b + s·v` in fp32: a bias and the bias of `lora_B`.
+    """`out = b + s·v` in fp32, or float64 for a bias in it: a bias and the bias of `lora_B`.
 
     Args:
         input: name of the bias b [n].
@@ -93,9 +93,16 @@ class AddScaled(Operation):
         return {"vector": self.vector}
 
     def prepare(self, device: str) -> RowFunction:
-        """Load and scale the vector in fp32."""
-        addend = self.vector.load(device).float() * self.scale
-        return lambda start, stop, rows: rows.float() + addend[start:stop]
+        """Load the vector; it is scaled as wide as it is added."""
+        import torch
+
+        vector = self.vector.load(device)
+
+        def added(start: int, stop: int, rows: torch.Tensor) -> torch.Tensor:
+            wide = torch.promote_types(rows.dtype, torch.float32)
+            return rows.to(wide) + vector[start:stop].to(wide) * self.scale
+
+        return added
 
 
 @dataclass(frozen=True)

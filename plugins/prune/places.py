@@ -129,7 +129,7 @@ def _skipped(architecture: Architecture, params: PruneParams) -> tuple[int, ...]
 def _matrices(architecture: Architecture, params: PruneParams, skipped: frozenset[int]) -> Iterator[Matrix]:
     layers = range(architecture.num_layers)
     for layer in layers if params.layers is None else layers_of(params.layers, architecture.num_layers):
-        for role in params.roles or _all_roles(architecture, layer):
+        for role in dict.fromkeys(params.roles or _all_roles(architecture, layer)):
             if not (layer in skipped and role in MLP):
                 yield from matrices_of(architecture, layer, role)
 

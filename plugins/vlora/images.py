@@ -25,6 +25,7 @@ MAX_RATIO = 64
 """Of the sides. Encoders scale the shorter side, so that a thin strip would become longer than memory."""
 
 _DEEP_MODES = ("I", "F")
+_LARGEST = 255
 _FIRST_FRAME = "MPO"
 """What phones write as JPEG: the picture, and behind it previews of it."""
 
@@ -100,10 +101,19 @@ def _check_header(path: Path, image: Image.Image) -> None:
     if frames > 1 and image.format != _FIRST_FRAME:
         raise InputError("holds several pictures", where=path, expected="one", found=f"{frames} frames or pages",
                          remedy="save the one that is meant as PNG or JPEG")  # fmt: skip
-    if image.mode.startswith(_DEEP_MODES):
+    if image.mode.startswith(_DEEP_MODES) or _narrowed(image):
         raise InputError("the image has more than 8 bits a channel", where=path, expected="8 bits",
-                         found=f"mode {image.mode}",
+                         found=f"mode {image.mode}" + ", which Pillow would cut down" * _narrowed(image),
                          remedy="convert it to 8 bits, with the range of brightness that is meant")  # fmt: skip
+
+
+def _narrowed(image: Image.Image) -> bool:
+    """Whether Pillow would read deeper channels as 8 bits: PNG and TIFF say `RGB;16B`, PPM gives its largest value."""
+    for tile in getattr(image, "tile", ()):
+        found = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
+        if ";16" in str(found[0]) or (image.format == "PPM" and max(found[1:], default=0) > _LARGEST):
+            return True
+    return False
 
 
 def _bomb(path: Path, found: str) -> InputError:

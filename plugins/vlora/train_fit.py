@@ -62,7 +62,7 @@ def fit(checkpoint: Checkpoint, params: VloraTrainParams, run: Run) -> Patch:
     with attached.attached():
         report = train(
             model, lesson.steps, _settings(params, lesson.steps, run), objective, learns,
-            records=_records(checkpoint, aim.settings, params, run),
+            records=_records(checkpoint, aim.settings, params, run, _eyes(lesson, pictures) if run.state else ""),
         )  # fmt: skip
     if held_out is not None:
         losses[report.steps] = held_out.mean_loss(objective, run.device, precision)
@@ -114,10 +114,23 @@ def _settings(params: VloraTrainParams, steps: ShownBatches, run: Run) -> TrainS
     return TrainSettings(**options, lr=params.rate, seed=run.seed_for("training"))
 
 
-def _records(checkpoint: Checkpoint, settings: GeneratorSettings, params: VloraTrainParams, run: Run) -> Records:
+def _eyes(lesson: Lesson, pictures: Pictures) -> str:
+    """A digest of the encoder that looks at the training's images; empty where features alone are read."""
+    looks = any(picture.image for picture in lesson.data.pictures)
+    return pictures.tower.sha256() if looks and pictures.tower is not None else ""
+
+
+def _records(
+    checkpoint: Checkpoint, settings: GeneratorSettings, params: VloraTrainParams, run: Run, eyes: str
+) -> Records:
     return Records(
         state=run.state / "tune" if run.state else None,
-        identity={"base": checkpoint.digest, "generator": settings.model_dump(mode="json"), "frozen": params.frozen},
+        identity={
+            "base": checkpoint.digest,
+            "generator": settings.model_dump(mode="json"),
+            "frozen": params.frozen,
+            "vision": eyes,
+        },
         log=params.log,
         tensorboard=params.tensorboard,
         listen=telling(run.tell),

@@ -102,14 +102,14 @@ def sight_of(params: VloraTrainParams) -> Sight:
         UsageError: the recipe names neither, or both, and they do not agree.
     """
     file = None if params.features is None else FeatureFile(params.features)
+    select_layer = -2 if params.select_layer is None else params.select_layer
     if params.vision is None:
         if file is None:
             raise UsageError(
                 "a new generator needs something to see with", where="vision",
                 expected="the vision encoder, or a file of features", remedy='give vision = "...", or features = "..."',
             )  # fmt: skip
-        return Sight(*file.size)
-    select_layer = -2 if params.select_layer is None else params.select_layer
+        return Sight(*file.size, select_layer=select_layer)
     tower = open_tower(params.vision, select_layer=select_layer)
     if file is not None and file.size != (tower.patches, tower.width):
         raise UsageError(
@@ -117,8 +117,12 @@ def sight_of(params: VloraTrainParams) -> Sight:
             expected=[tower.patches, tower.width], found=list(file.size),
             remedy="compute them by this encoder, or leave one of both out",
         )  # fmt: skip
-    return Sight(tower.patches, tower.width, params.vision if tower.checkpoint.origin.get("source") == "hub" else None,
-                 select_layer)  # fmt: skip
+    return Sight(tower.patches, tower.width, published_name(params.vision, tower), select_layer)
+
+
+def published_name(reference: str, tower: Tower) -> str | None:
+    """How a generator names its encoder to others: by its hub id; a folder of this machine has no name elsewhere."""
+    return reference if tower.checkpoint.origin.get("source") == "hub" else None
 
 
 def tower_for(params: VloraTrainParams, settings: GeneratorSettings) -> Tower | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from regraft.core.architectures import Architecture, architecture_of
 from regraft.core.checkpoint import CONFIG, Checkpoint
@@ -19,7 +20,7 @@ from regraft.plugins.vlora.settings import GeneratorSettings, settings_for
 from regraft.plugins.vlora.train_data import check_files
 from regraft.plugins.vlora.train_own import OWN, OWN_CONFIG, OWN_WEIGHTS, config_change, own_generator, own_settings
 from regraft.plugins.vlora.train_params import NewGenerator, VloraTrainParams
-from regraft.plugins.vlora.train_pictures import sight_of, tower_for
+from regraft.plugins.vlora.train_pictures import published_name, sight_of, tower_for
 from regraft.plugins.vlora.widen import PARALLEL, check_widening, mergeable_types
 
 _USUAL_TOKENS = 512
@@ -66,10 +67,23 @@ class Aim:
             folder = open_generator(str(params.generator))
             settings, source, label = folder.settings, lambda: folder, f"generator {folder.label}"
         check_model(settings, architecture, label)
-        if params.vision is not None:
-            tower_for(params, settings)
+        settings = _seeing(settings, params)
         notes = (f"{label} goes on: {_words(settings)}", *_parallel(settings, architecture))
         return cls(architecture, settings, source, notes)
+
+
+def _seeing(settings: GeneratorSettings, params: VloraTrainParams) -> GeneratorSettings:
+    """`settings` of a generator that goes on, with the encoder and the hidden state that it now learns from.
+
+    Raises:
+        InputError, Unsupported, UsageError: see `tower_for`.
+    """
+    now: dict[str, Any] = {}
+    if params.select_layer is not None:
+        now["select_layer"] = params.select_layer
+    if params.vision is not None and (tower := tower_for(params, settings)) is not None:
+        now["vision_tower"] = published_name(params.vision, tower)
+    return settings.model_copy(update=now)
 
 
 def check(checkpoint: Checkpoint, params: VloraTrainParams) -> None:

@@ -5,6 +5,8 @@ Opening an encoder reads its config and headers; torch and transformers come wit
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -84,6 +86,16 @@ class Tower:
     def weights(self) -> dict[str, LazyTensor]:
         """The tower's weights by name, without prefix."""
         return {name: self.checkpoint.tensors[stored] for name, stored in _own(self.checkpoint).items()}
+
+    def sha256(self) -> str:
+        """Over config, names and values of the weights; reads them all."""
+        import torch
+
+        hasher = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name, tensor in sorted(self.weights.items()):
+            hasher.update(json.dumps([name, tensor.spec.dtype, list(tensor.spec.shape)]).encode())
+            hasher.update(tensor.load().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return hasher.hexdigest()
 
     def load(self, device: str = "cpu") -> Encoder:
         """The tower with its weights in fp32, and the image processor beside it.

@@ -35,14 +35,18 @@ PARALLEL = "m"
 SILU_ONE = 1.2784645427610738
 """silu(SILU_ONE) = 1."""
 
-_COARSE_GATE = 64.0
+_WIDE_GATE = 64.0
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _SWITCH, _WIDTH = "mlp_bias", "intermediate_size"
 
 
 def gate_of(dtype: str) -> tuple[float, float]:
-    """The bias c of new gates, and silu(c), for a stored dtype."""
-    return (_COARSE_GATE, _COARSE_GATE) if dtype == "BF16" else (SILU_ONE, 1.0)
+    """The bias c of new gates, and silu(c), for a stored dtype.
+
+    silu(64) is 64 to the last bit in every dtype, and stays it in whatever dtype the model is written or loaded. Only
+    where up rows are fp16, and the 64th part of small ones could fall below its range, is c the number whose silu is 1.
+    """
+    return (SILU_ONE, 1.0) if dtype == "F16" else (_WIDE_GATE, _WIDE_GATE)
 
 
 class Filled(LazyTensor):

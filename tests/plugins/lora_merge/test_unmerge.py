@@ -51,6 +51,17 @@ def test_merge_and_unmerge_in_float64_is_the_base(llama, tmp_path):
         assert (tensor - before[name]).norm() <= 1e-15 * before[name].norm(), name
 
 
+def test_a_bias_of_a_float64_base_keeps_its_width(tmp_path):
+    biased = save_tiny("llama-biased", tmp_path / "base")
+    base = widened(biased, tmp_path / "wide")
+    adapter = make_adapter(biased, tmp_path / "a", target_modules=["q_proj"], lora_bias=True)
+    name = Q.replace("weight", "bias")
+    added = load_file(adapter / "adapter_model.safetensors")[f"base_model.model.{Q.replace('weight', 'lora_B.bias')}"]
+    wanted = load_file(base / "model.safetensors")[name] + 1.5 * added.double()
+    assert not torch.equal(wanted, wanted.float().double())
+    assert torch.equal(merged_by_us(base, adapter).load(name), wanted)
+
+
 def test_unmerge_in_bf16_errs_by_two_roundings(llama, tmp_path):
     adapter = make_adapter(llama, tmp_path / "a", target_modules=["q_proj", "lm_head"])
     merged = merged_by_us(llama, adapter)

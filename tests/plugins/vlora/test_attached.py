@@ -126,9 +126,10 @@ def test_it_needs_its_code_and_nothing_else(llama):
         AutoModelForCausalLM.from_pretrained(llama / "out", trust_remote_code=False)
 
 
-def test_it_sees_beside_quantised_weights(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_sees_beside_quantised_weights(dtype, tmp_path):
     """transformers puts other modules in the place of linear layers after the model has been made."""
-    save_tiny("llama", tmp_path / "base", tokenizer=True, hidden_size=128, intermediate_size=192)
+    save_tiny("llama", tmp_path / "base", tokenizer=True, dtype=dtype, hidden_size=128, intermediate_size=192)
     make_generator(tmp_path / "base", tmp_path / "g", types="qkvom")
     (tmp_path / "nf4.toml").write_text(recipe_text("base", path=str(tmp_path / "nf4"), quantize="nf4"))
     done("apply", tmp_path / "nf4.toml")

@@ -52,13 +52,13 @@ def test_what_is_transparent_is_white(tmp_path):
     assert read_image(tmp_path / "b.png").getpixel((0, 0)) == (255, 255, 255)
 
 
-def png_header(width, height):
+def png_header(width, height, depth=8):
     """A PNG of these sides that has no pixels."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    head = struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
@@ -85,6 +85,8 @@ BAD = {
     "a strip": (lambda path: path.write_bytes(png_header(100000, 1)), "thin strip"),
     "animated": (animated, "several pictures"),
     "sixteen bits": (lambda path: Image.new("I;16", (4, 4)).save(path, format="PNG"), "more than 8 bits"),
+    "sixteen bits of colour": (lambda path: path.write_bytes(png_header(8, 8, depth=16)), "more than 8 bits"),
+    "sixteen bits of PPM": (lambda path: path.write_bytes(b"P6\n8 8\n65535\n" + bytes(8 * 8 * 6)), "more than 8 bits"),
 }  # fmt: skip
 
 

@@ -151,12 +151,38 @@ def test_a_training_that_was_broken_off_ends_with_the_same_bytes(stage, llama, l
 
 def test_a_generator_of_a_folder_goes_on(llama, lesson, tmp_path):
     first, _ = learn(llama, params(lesson, held_out={"source": str(lesson / "rows.jsonl")}))
-    folder = tmp_path / "out"
-    folder.mkdir()
-    (folder / "model.safetensors").write_bytes(first.files[OWN_WEIGHTS].data)
-    (folder / "config.json").write_text(json.dumps(first.json["vlora/config.json"]))
-    second, _ = learn(llama, params(lesson, generator=folder))
+    second, _ = learn(llama, params(lesson, generator=save_own(first, tmp_path / "out")))
     assert second.metrics["first_loss"] == pytest.approx(first.metrics["held_out"]["loss_after"], rel=1e-5)
+
+
+def save_own(patch, folder):
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(patch.files[OWN_WEIGHTS].data)
+    (folder / "config.json").write_text(json.dumps(patch.json["vlora/config.json"]))
+    return folder
+
+
+def test_a_generator_says_which_hidden_state_it_learnt_from_last(llama, gallery, tmp_path):
+    images = {"data": gallery / "images.jsonl", "vision": gallery / "tower", "features": None}
+    first, _ = learn(llama, params(gallery, select_layer=-1, **images, steps=1))
+    folder = save_own(first, tmp_path / "first")
+    assert first.json["vlora/config.json"]["select_layer"] == -1
+    same, _ = learn(llama, params(gallery, generator=folder, **images, steps=1))
+    assert same.json["vlora/config.json"]["select_layer"] == -1
+    other, _ = learn(llama, params(gallery, generator=folder, select_layer=0, **images, steps=1))
+    assert other.json["vlora/config.json"]["select_layer"] == 0
+    assert other.files[OWN_WEIGHTS].data != same.files[OWN_WEIGHTS].data
+    read, _ = learn(llama, params(gallery, select_layer=-1, steps=1))
+    assert read.json["vlora/config.json"]["select_layer"] == -1, "of which the features are, the recipe says"
+
+
+def test_a_state_of_another_encoder_is_refused(llama, gallery, tmp_path):
+    given = params(gallery, data=gallery / "images.jsonl", vision=gallery / "tower", features=None)
+    learn(llama, given, state=tmp_path / "state")
+    weights = gallery / "tower" / "model.safetensors"
+    save_file({name: 1.5 * tensor for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match="the saved state belongs to another recipe"):
+        learn(llama, given, state=tmp_path / "state")
 
 
 def test_a_generator_for_another_model_is_refused(llama, lesson, tiny_folder):
