@@ -13,7 +13,7 @@ Everything but the values is known at plan time.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,8 +61,9 @@ def repack(base: Checkpoint, result: Checkpoint, uncast: Checkpoint | None = Non
     """`result` with its weights stored as those of `base`.
 
     A weight of the result is quantised if the base's of that name is; or, where it has a new name, if the base's that
-    differ only in the number of the layer are. A renamed one goes by its old name. A copy that a step makes under a new
-    name goes by the new one: what it is a copy of is known in the run, but not to a plan.
+    differ only in the number of the layer are. A renamed one goes by its old name, quantised or not, and the config's
+    list of modules that stay as they are follows it. A copy that a step makes under a new name goes by the new one:
+    what it is a copy of is known in the run, but not to a plan.
 
     Args:
         base: opened from a checkpoint that bitsandbytes quantised: `base.packed` is set.
@@ -107,7 +108,7 @@ def repack(base: Checkpoint, result: Checkpoint, uncast: Checkpoint | None = Non
         result,
         tensors={name: tensors[name] for name in order},
         shards=shards,
-        files={**result.files, CONFIG: _config(packed, result, _settings(packed, base, result, tensors))},
+        files={**result.files, CONFIG: _config(packed, result, _settings(weights, result, tensors))},
     )
     return Repacked(checkpoint, Realised(form, gauges), _note(form, untouched, again, base))
 
@@ -170,6 +171,7 @@ class _Weights:
         self.stored = {name: found for name, tensor in base.tensors.items() if (found := stored_weight(tensor))}
         self._by_identity = {id(base.tensors[name]): name for name in self.stored}
         self._by_pattern = {_pattern(name): name for name in self.stored}
+        self._of_base = {id(tensor) for tensor in base.tensors.values()}
         skipped = packed.config["quantization_config"].get("llm_int8_skip_modules")
         self._skipped = tuple(skipped) if isinstance(skipped, list) else ()
 
@@ -181,14 +183,13 @@ class _Weights:
         """The weight of the base that `tensor` is, or is stored like; None if it is not to be quantised."""
         if (same := self._by_identity.get(id(stripped(tensor)))) is not None:
             return same
+        if isinstance(tensor, Renamed) and id(stripped(tensor)) in self._of_base:
+            return None
         if name in self.stored:
             return name
-        if name in self.base.tensors or len(tensor.spec.shape) != 2 or self._skips(name.removesuffix(".weight")):
+        if name in self.base.tensors or len(tensor.spec.shape) != 2 or _covered(_module(name), self._skipped):
             return None
         return self._by_pattern.get(_pattern(name))
-
-    def _skips(self, module: str) -> bool:
-        return any(f".{module}.".endswith(f".{path}.") or f"{module}.".startswith(f"{path}.") for path in self._skipped)
 
     def parts(self, name: str) -> Iterator[str]:
         """The tensors that a weight is stored in, itself first."""
@@ -243,21 +244,29 @@ def _config(packed: Checkpoint, result: Checkpoint, settings: Mapping[str, Any])
     return packed.files[CONFIG] if same(config, packed.config) else FileRef(data=dump(config))
 
 
-def _settings(
-    packed: Checkpoint, base: Checkpoint, result: Checkpoint, tensors: Mapping[str, LazyTensor]
-) -> Mapping[str, Any]:
-    """The base's quantization_config; new matrices that are not quantised are listed among what stays as it is."""
-    settings = dict(packed.config["quantization_config"])
-    new = [
-        name.removesuffix(".weight")
-        for name, tensor in result.tensors.items()
-        if name.endswith(".weight") and name not in base.tensors and tensors[name] is tensor
-        and len(tensor.spec.shape) == 2
-    ]  # fmt: skip
-    if new:
-        kept = settings.get("llm_int8_skip_modules") or ["lm_head"]
-        settings["llm_int8_skip_modules"] = list(dict.fromkeys([*kept, *new]))
+def _settings(weights: _Weights, result: Checkpoint, tensors: Mapping[str, LazyTensor]) -> Mapping[str, Any]:
+    """The base's quantization_config, with the modules that stay as they are in the result."""
+    settings = dict(weights.packed.config["quantization_config"])
+    listed = settings.get("llm_int8_skip_modules") or ["lm_head"]
+    matrices = {name: tensor for name, tensor in result.tensors.items()
+                if name.endswith(".weight") and len(tensor.spec.shape) == 2}  # fmt: skip
+    plain = [name for name, tensor in matrices.items() if tensors[name] is tensor]
+    quantised = [_module(name) for name in matrices.keys() - set(plain)]
+    kept: list[str] = []
+    for path in listed:
+        one = (path,)
+        stale = any(_covered(module, one) for module in quantised)
+        kept += [_module(name)[:-1] for name in plain if _covered(_module(name), one)] if stale else [path]
+    new = (name for name in plain if name not in weights.base.tensors or name in weights.stored)
+    kept += [_module(name)[:-1] for name in new if not _covered(_module(name), kept)]
+    if kept != listed:
+        settings["llm_int8_skip_modules"] = list(dict.fromkeys(kept))
     return settings
+
+
+def _covered(module: str, paths: Sequence[str]) -> bool:
+    """Whether transformers leaves a module, named with a dot behind it, as it is where a config lists these."""
+    return any(f".{module}".endswith(f".{path}.") or module.startswith(f"{path}.") for path in paths)
 
 
 def _note(form: str, untouched: int, again: int, base: Checkpoint) -> str:

@@ -130,6 +130,34 @@ def test_new_layers_are_quantised_and_other_new_matrices_are_listed(folders):
         assert f"{Q_PROJ}{end}" not in kept.tensors
 
 
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+@pytest.mark.parametrize(
+    ("skipped", "plain"),
+    [("2.mlp.down_proj", {"3.mlp.down_proj"}),
+     ("1.mlp", {f"{layer}.mlp.{part}_proj" for layer in (1, 2) for part in ("up", "gate", "down")})],
+)  # fmt: skip
+def test_layers_that_move_take_along_what_is_not_quantised(skipped, plain, quantize, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    save_tiny("llama", tmp_path / "wide", dtype=torch.bfloat16, num_hidden_layers=3, intermediate_size=128)
+    how = {"load_in_8bit": True} if quantize == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    settings = BitsAndBytesConfig(**how, llm_int8_skip_modules=["lm_head", f"model.layers.{skipped}"])
+    options = {"dtype": torch.bfloat16, "device_map": "cpu"}
+    AutoModelForCausalLM.from_pretrained(
+        tmp_path / "wide", quantization_config=settings, **options
+    ).save_pretrained(tmp_path / "base")  # fmt: skip
+    step = {"use": "grow", "layers": 4, "placement": "interpolate"}
+    done("apply", write_recipe(tmp_path / "grow.toml", "base", step, path=str(tmp_path / "out")))
+    out = open_checkpoint(tmp_path / "out").packed
+    floats = {name for name, spec in out.specs.items() if ".mlp." in name and spec.dtype == "BF16"}
+    assert floats == {f"model.layers.{name}.weight" for name in plain}
+    before, after = (
+        logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / name, **options)) for name in ("base", "out")
+    )
+    assert torch.equal(before, after), "a new layer adds nothing"
+
+
 @pytest.mark.parametrize("dtype", [None, "float16"])
 @pytest.mark.parametrize("kind", ["nf4-double", "int8"])
 def test_a_plan_knows_how_copies_and_conversions_are_stored(folders, kind, dtype, tmp_path):
