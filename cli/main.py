@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import sys
 from contextlib import suppress
 from typing import Annotated, Any
@@ -30,6 +29,7 @@ from regraft.cli import (
 )
 from regraft.cli.console import INTERRUPTED, fail, interrupted
 from regraft.cli.interrupts import Interrupted, ignore, listen
+from regraft.cli.streams import settle_streams
 from regraft.core.errors import RegraftError, UsageError
 from regraft.core.processes import Ended, processes
 
@@ -113,6 +113,7 @@ def run(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with the documented code: 0, 1, 2, 3, 4, 5, or 130."""
     given = sys.argv[1:] if arguments is None else arguments
     gc.set_threshold(100_000)  # starting makes many objects and little garbage: a tenth of the CPU time
+    settle_streams()
     listen()
     try:
         code = _settle(given)
@@ -124,23 +125,34 @@ def run(arguments: list[str] | None = None) -> None:
 def _settle(given: list[str]) -> Any:
     """The exit code; once it is known, a signal changes nothing any more."""
     try:
-        code = app(
-            args=[argument for argument in given if argument != "--traceback"],
-            prog_name="regraft",
-            standalone_mode=False,
-        )
-        sys.stdout.flush()
+        code = _command(given)
     except _CommandLineError as error:
         code = _failed(given, _usage(error))
     except Ended as ending:
         code = ending.code
-    except (SystemExit, BrokenPipeError) as ending:
-        code = _ended(ending)
+    except SystemExit as ending:  # into which typer turns every broken pipe, such as one to a process of ours
+        broken = ending.__context__
+        code = _failed(given, broken) if isinstance(broken, BrokenPipeError) else ending.code
     except BaseException as error:
         if "--traceback" in given or not (isinstance(error, Exception) or _panics(error)):
             raise
         code = _failed(given, error)
     ignore()
+    return code
+
+
+def _command(given: list[str]) -> Any:
+    """Run it, and print all that it has to say: what cannot be printed is an error like others."""
+    try:
+        code = app(
+            args=[argument for argument in given if argument != "--traceback"],
+            prog_name="regraft",
+            standalone_mode=False,
+        )
+    except Exception:
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
     return code
 
 
@@ -166,14 +178,6 @@ def _usage(error: Any) -> UsageError:
     command = error.ctx.command_path if getattr(error, "ctx", None) else "regraft"
     text = error.format_message()
     return UsageError(text[:1].lower() + text[1:].rstrip("."), where=command, remedy=f"see `{command} --help`")
-
-
-def _ended(ending: BaseException) -> Any:
-    """The exit code; 0 if whoever reads our output has seen enough, which typer takes for a failure."""
-    if isinstance(ending, SystemExit) and not isinstance(ending.__context__, BrokenPipeError):
-        return ending.code
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
 
 
 if __name__ == "__main__":

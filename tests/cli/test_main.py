@@ -77,13 +77,6 @@ def test_completion_completes():
     assert "--durable" in ran.stdout.split()
 
 
-def test_a_reader_that_has_seen_enough_is_no_failure(workplace):
-    """As in `regraft schema | head -1`."""
-    program = f"{sys.executable} -m regraft schema | head -c 1; exit ${{PIPESTATUS[0]}}"
-    ran = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=False)
-    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "{", "")
-
-
 def on_a_terminal(*arguments, **environment):
     """What `regraft` prints where stdout and stderr are a terminal."""
     parent, child = pty.openpty()
