@@ -164,7 +164,7 @@ def apply(
         verified = verify_output(plan, ran.patches, ran.result, space.output, options.verify, host)
         size = sum(path.stat().st_size for path in space.output.rglob("*") if path.is_file())
         if options.save_patches is not None:
-            save_patches(plan, ran.patches, ran.checkpoints, options.save_patches)
+            save_patches(plan, ran.patches, ran.checkpoints, options.save_patches, events.say)
         space.commit(durable=options.durable)
     ours.announce(DONE)
     ours.part()

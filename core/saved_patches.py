@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -42,7 +42,9 @@ def check_patch_folders(plan: Plan, folder: Path, taken: Iterable[Path]) -> None
             )
 
 
-def save_patches(plan: Plan, patches: Sequence[Patch], checkpoints: Sequence[Checkpoint], folder: Path) -> None:
+def save_patches(
+    plan: Plan, patches: Sequence[Patch], checkpoints: Sequence[Checkpoint], folder: Path, tell: Callable[[str], None]
+) -> None:
     """Save each step's patch into `folder`; all of them or, if one cannot be saved, none.
 
     Args:
@@ -50,6 +52,7 @@ def save_patches(plan: Plan, patches: Sequence[Patch], checkpoints: Sequence[Che
         patches: each step's.
         checkpoints: what each step saw, and last what all of them made.
         folder: is made.
+        tell: hears of patches that, applied again, may not give the same codes.
 
     Raises:
         UsageError, ResourceError, PluginError: as `save_patch`.
@@ -61,6 +64,9 @@ def save_patches(plan: Plan, patches: Sequence[Patch], checkpoints: Sequence[Che
         for step, patch, (below, above) in zip(plan.steps, patches, pairwise(checkpoints), strict=True):
             save_patch(patch, below, above, place := _patch_folder(folder, step))
             saved.append(place)
+            if below.packed is not None and any(not edit.operation.kind for edit in patch.edits.values()):
+                tell(f"warning: {step.id}: the base is quantised, and the saved patch holds rounded values: applied "
+                     "again it may give other codes than this run")  # fmt: skip
     except BaseException:
         for place in saved:
             shutil.rmtree(place, ignore_errors=True)
