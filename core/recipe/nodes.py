@@ -109,7 +109,8 @@ class Shape:
             case "boolean":
                 return "true or false"
             case "object":
-                return "a table"
+                least, most = node.get("minProperties"), node.get("maxProperties")
+                return "a table" if least is None and most is None else f"a table of {_span(least, most)} keys"
             case "array":
                 return f"an array{self._items(node)}"
         return ""

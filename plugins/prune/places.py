@@ -172,6 +172,9 @@ def _check_fit(places: Places, params: PruneParams) -> None:
                 expected='score = "magnitude", or roles without the MLP\'s', found='score = "wanda"',
                 remedy='give roles = ["q_proj", "k_proj", "v_proj", "o_proj"], or score = "magnitude"',
             )  # fmt: skip
+    if params.prunes and not places.matrices:
+        raise UsageError("nothing is left to prune: the layers' MLPs are switched off whole", where="skip_ffn",
+                         remedy="name other roles or layers, or leave sparsity and pattern out")  # fmt: skip
     if params.prunes and not any(places.sparsity.count(*matrix.shape) for matrix in places.matrices):
         widest = max((matrix.shape[1] for matrix in places.matrices), default=0)
         raise Unsupported("so little goes that nothing would: the result would be the base itself", where="sparsity",

@@ -90,8 +90,12 @@ class Aim:
             raise UsageError("the generator has no such type", where="types", expected=f"some of {settings.types}",
                              found=types, remedy="leave the others out")  # fmt: skip
         attached = params.output == "attached"
-        if "m" in types and not attached:
+        widens = "m" in types and not attached
+        if widens:
             check_widening(architecture)
+        elif "mlp_multiple" in params.model_fields_set:
+            raise UsageError("no MLP gets wider, so mlp_multiple has no effect", where="mlp_multiple",
+                             expected='output = "merged" and type m', remedy="remove it")  # fmt: skip
         return cls(
             architecture, settings, label, types, tuple(places_of(checkpoint, architecture, settings, types)),
             sight=None if attached else sight_of(params, settings),

@@ -47,6 +47,7 @@ class Fields(BaseModel):
     mixed: list[int | str] = []
     groups: list[list[int]] = []
     by_layer: dict[int, float] = {}
+    named: dict[str, int] = Field({"a": 1, "b": 2}, min_length=2)
     heads: Annotated[int, AfterValidator(even)] = 2
     number: int | float | Literal["auto"] = 1
     several: Literal["a", "b"] | int | bool = 1
@@ -87,6 +88,7 @@ CASES = [
     ({"groups": [[1], [2, "x"]]}, 'groups[1][1]: expected an integer, found "x"'),
     ({"by_layer": {"1": "x"}}, 'by_layer.1: expected a number, found "x"'),
     ({"by_layer": {"x": 1}}, "by_layer.x: not a key that this table takes: expected a valid integer, unable to parse string as an integer"),
+    ({"named": {"a": 1}}, "named: expected a table of at least 2 keys, found a table"),
     ({"heads": 3}, "heads: expected an even number of heads"),
     ({"number": "auot"}, 'number: expected an integer, a number or "auto", found "auot" (did you mean "auto"?)'),
     ({"several": 1.5}, 'several: expected an integer or true or false, or one of "a" or "b", found 1.5'),

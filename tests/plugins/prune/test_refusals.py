@@ -70,6 +70,11 @@ def test_models_that_do_not_fit(tiny_folder):
     assert refused(UsageError, llama, score="magnitude", sparsity=0.5, layers="1-4")[:2] == (
         "there are no such layers", "layers")  # fmt: skip
     assert refused(UsageError, llama, skip_ffn={"start": 2})[1:] == ("skip_ffn.start", "0 to 1", "2")
+    assert refused(UsageError, llama, skip_ffn={"every": 1}, score="magnitude", sparsity=0.5, roles=["up_proj"])[:2] == (
+        "nothing is left to prune: the layers' MLPs are switched off whole", "skip_ffn")  # fmt: skip
+    twice = Prune().plan(open_folder(llama, label="base"),
+                         params(score="magnitude", sparsity=0.5, roles=["q_proj", "q_proj"]))  # fmt: skip
+    assert any("of 2 matrices" in note for note in twice.notes), twice.notes
     assert refused(Unsupported, llama, score="magnitude", pattern="2:5") == (
         "a pattern of 5 needs a whole number of groups", "layers.0.q_proj", "a multiple of 5 inputs", "64")  # fmt: skip
     assert refused(Unsupported, llama, sparsity=0.01, data=DATA) == (

@@ -123,6 +123,13 @@ def test_type_m_is_new_hidden_units(llama, tmp_path):
     assert not up[96:].any()
 
 
+def test_a_width_without_type_m_is_refused(llama, tmp_path):
+    base, _ = llama
+    make_generator(base, tmp_path / "g", types="q")
+    with pytest.raises(UsageError, match="mlp_multiple has no effect"):
+        vlora(base, tmp_path / "g", tmp_path, mlp_multiple=32)
+
+
 def test_type_m_keeps_biases_that_are_there(tmp_path):
     base = save_tiny("llama-biased", tmp_path / "base")
     generator = make_generator(base, tmp_path / "g", types="mq")
