@@ -70,7 +70,8 @@ def test_models_that_do_not_fit(tiny_folder):
     assert refused(UsageError, llama, score="magnitude", sparsity=0.5, layers="1-4")[:2] == (
         "there are no such layers", "layers")  # fmt: skip
     assert refused(UsageError, llama, skip_ffn={"start": 2})[1:] == ("skip_ffn.start", "0 to 1", "2")
-    assert refused(UsageError, llama, skip_ffn={"every": 1}, score="magnitude", sparsity=0.5, roles=["up_proj"])[:2] == (
+    whole = {"skip_ffn": {"every": 1}, "roles": ["up_proj"]}
+    assert refused(UsageError, llama, **whole, score="magnitude", sparsity=0.5)[:2] == (
         "nothing is left to prune: the layers' MLPs are switched off whole", "skip_ffn")  # fmt: skip
     twice = Prune().plan(open_folder(llama, label="base"),
                          params(score="magnitude", sparsity=0.5, roles=["q_proj", "q_proj"]))  # fmt: skip
