@@ -87,7 +87,7 @@ class Adapted:
         lefts, rights = [delta.left for delta in self.deltas], [delta.right for delta in self.deltas]
         inner, outer = (lefts, rights) if self.turned else (rights, lefts)
         folded = [delta.scale / self.scale if self.scale else 1.0 for delta in self.deltas]
-        stored = _stored_dtype([*inner, *outer], dtype)
+        stored = _stored_dtype([*inner, *outer], dtype, exact=all(scale == 1.0 for scale in folded))
         stem = f"{PREFIX}{self.module}"
         return [
             Factor(f"{stem}.{names[0]}", stored, inner, axis=0, turned=self.turned),
@@ -95,12 +95,12 @@ class Adapted:
         ]
 
 
-def _stored_dtype(tensors: Iterable[LazyTensor], wanted: str) -> str:
-    """The dtype that all factors of a module have, or the one asked for; fp32 where they differ."""
+def _stored_dtype(tensors: Iterable[LazyTensor], wanted: str, *, exact: bool) -> str:
+    """The dtype that all factors of a module have, or the one asked for; fp32 where they differ or are multiplied."""
     if wanted != "keep":
         return CODE_OF_NAME[wanted]
     found = {tensor.spec.dtype for tensor in tensors}
-    return found.pop() if len(found) == 1 and found <= set(_KEPT) else "F32"
+    return found.pop() if exact and len(found) == 1 and found <= set(_KEPT) else "F32"
 
 
 class Factor(LazyTensor):

@@ -88,6 +88,22 @@ def test_several_steps_stack_their_ranks(llama, tmp_path):
     assert ((merged - expected).abs() <= expected.abs() * 2.0**-8 + 1e-6).all()
 
 
+def test_a_small_scale_beside_a_large_one_keeps_its_digits(llama, tmp_path):
+    """In fp16 the factor of the second delta would fall below the smallest normal number."""
+    (tmp_path / "base").symlink_to(llama / "base")
+    modules = {"target_modules": ["q_proj"], "dtype": torch.float16}
+    first, second = (
+        make_adapter(llama / "base", tmp_path / name, seed=seed, **modules) for seed, name in enumerate("ab")
+    )
+    out = write(tmp_path, {**merge(first), "id": "x"}, {**merge(second, scale=1e-5), "id": "y"})
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    found, wanted = (
+        load_file(out / "adapter_model.safetensors")[name][:, 4:],
+        load_file(second / "adapter_model.safetensors")[name].double() * 1.5e-5,
+    )
+    assert torch.allclose(found.double(), wanted, rtol=1e-6, atol=0)
+
+
 def test_the_plan_is_exact_and_the_folder_verifies(llama, tmp_path):
     (tmp_path / "base").symlink_to(llama / "base")
     adapter = write_adapter(tmp_path / "a")
