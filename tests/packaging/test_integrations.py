@@ -58,15 +58,19 @@ def test_the_action_plans_good_recipes_and_annotates_bad_ones(action, tmp_path):
     write_recipe(folder / "good one.toml", "demo:tiny", ABF)
     wrong = write_recipe(folder / "wrong, 1.toml", "demo:tiny", {**ABF, "methd": "abf"})
     line = next(number for number, text in enumerate(wrong.read_text().splitlines(), 1) if "methd" in text)
-    code, out, summary = action("recipes/*.toml\n")
+    (folder / "good").mkdir()
+    write_recipe(folder / "good" / "one.toml", "demo:tiny", ABF)
+    write_recipe(folder / "good-one.toml", "demo:tiny", ABF)
+    code, out, summary = action("./recipes/**/*.toml\n")
     assert code == 2
     assert "recipes/good one.toml: ok" in out
     assert out.count(f"::error file=recipes/wrong%2C 1.toml,line={line},col=1::error: ") == 1
     assert "methd" in out
     assert "| `recipes/wrong, 1.toml` | exit code 2 |" in summary
-    plans = sorted(path.name for path in (tmp_path / "temp" / "plans").iterdir())
-    assert plans == ["recipes-good one.json"]
-    assert json.loads((tmp_path / "temp" / "plans" / plans[0]).read_text())["exact"] is True
+    plans = tmp_path / "temp" / "plans"
+    made = sorted(path.relative_to(plans).as_posix() for path in plans.rglob("*.json"))
+    assert made == ["recipes/good one.json", "recipes/good-one.json", "recipes/good/one.json"]
+    assert all(json.loads((plans / name).read_text())["exact"] is True for name in made)
 
 
 def test_the_action_checks_alone_and_refuses_what_matches_nothing(action, tmp_path):
