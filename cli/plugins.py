@@ -29,6 +29,7 @@ def list_(as_json: Json = False) -> None:
     from regraft.core.host import host
 
     found = host()
+    found.ask()
     transformations = found.transformations()
     owners = found.owners
     brings = {info.name: [name for name, owner in owners.items() if owner == info.name] for info in found.plugins}

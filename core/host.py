@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
+from inspect import getattr_static
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -40,6 +42,10 @@ class PluginInfo:
     version: str
     status: str = "loaded"
     reason: str = ""
+
+
+class _NotAsked(Exception):
+    """A hook returned what it is not asked for; the text says so behind the hook's name."""
 
 
 class Host:
@@ -134,6 +140,15 @@ class Host:
             found[metric.name] = plugin, metric
         return {name: metric for name, (_, metric) in found.items()}
 
+    def ask(self) -> None:
+        """Call every hook that brings something, so that the status of each plugin says whether it works.
+
+        Raises:
+            PluginError: two plugins bring the same name.
+        """
+        for bringing in (self.transformations, self.sources, self.architectures, self.metrics):
+            bringing()
+
     def add_commands(self, app: typer.Typer) -> None:
         """Let plugins register commands on `app`."""
         for _ in self._each("regraft_commands", app=app):
@@ -161,10 +176,12 @@ class Host:
         """What plugins bring through `hook`, each with the plugin's name; one that brings anything else is broken."""
 
         def checked(result: Any) -> list[Any]:
-            items = list(result or ())
+            if result is None:
+                raise _NotAsked("returned None, not a sequence")
+            items = list(result)
             for item in items:
                 if message := fault(item):
-                    raise TypeError(f"{item!r} {message}")
+                    raise _NotAsked(f"returned {item!r}, which {message}")
             return items
 
         for plugin, items in self._each(hook, checked):
@@ -181,11 +198,14 @@ class Host:
                 continue
             others = [plugin for name, plugin in self._manager.list_name_plugin() if name != info.name and plugin]
             caller = self._manager.subset_hook_caller(hook, others)
+            if not caller.get_hookimpls():
+                continue
             try:
                 results = caller(**arguments)
                 result = use(results[0] if results else None)
             except Exception as error:
-                reason = f"{hook} raised {type(error).__name__}: {error}"
+                what = "" if isinstance(error, _NotAsked) else f"raised {type(error).__name__}: "
+                reason = f"{hook} {what}{error}"
                 if fatal:
                     raise PluginError(
                         f"the plugin failed: {reason}",
@@ -217,9 +237,12 @@ class Host:
         try:
             self._manager.register(module, name=name)
             self._manager.check_pending()
+            fault = _unmarked(module, {caller.name for caller in self._manager.get_hookcallers(module) or ()})
         except pluggy.PluginValidationError as error:
+            fault = str(error).splitlines()[0]
+        if fault:
             self._manager.unregister(name=name)
-            raise PluginError(str(error).splitlines()[0]) from None
+            raise PluginError(fault)
 
     def _excluded(self, info: PluginInfo) -> str:
         own = _is_own(info)
@@ -271,6 +294,24 @@ def _check_api(module: object) -> None:
         raise PluginError(f"regraft_api is not a version range: {wanted!r}") from None
     if not fits:
         raise PluginError(f"asks for plugin API {wanted}, this regraft has {hookspecs.API_VERSION}")
+
+
+def _unmarked(module: object, hooks: set[str]) -> str:
+    """Why a plugin with implementations of `hooks` is not what its author meant; empty if it may be.
+
+    Functions that it imports from another package and are called like a hook are none of its own.
+    """
+    for name in (name for name in vars(hookspecs) if name.startswith("regraft_") and name not in hooks):
+        found = getattr_static(module, name, None)
+        if callable(found) and _package(found) == _package(module):
+            return f"{name} is not marked with @hookimpl"
+    return "" if hooks else "it has no hook: no function of it is marked with @hookimpl"
+
+
+def _package(thing: object) -> str:
+    """The package in which a module is, or in which a function or a class is defined."""
+    name = thing.__name__ if isinstance(thing, ModuleType) else getattr(thing, "__module__", "")
+    return str(name).partition(".")[0]
 
 
 def _source_fault(item: object) -> str:

@@ -43,6 +43,7 @@ def find_package(package: str) -> Found:
     names = {entry.name for entry in entries}
     own = [entry for entry in entry_points(group=GROUP) if _distribution(entry) == OWN_DISTRIBUTION]
     host = Host([*entries, *(entry for entry in own if entry not in entries)], {})
+    host.ask()
     found = {name: kind for name, kind in host.transformations().items() if host.owners[name] in names}
     for name, reason in host.broken.items():
         if name in names:

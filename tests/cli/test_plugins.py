@@ -33,6 +33,8 @@ def test_a_broken_one_is_listed_with_its_reason(monkeypatch):
     plugin = next(item for item in done("plugins", "--json").json["plugins"] if item["name"] == "toy")
     assert plugin["status"] == "broken"
     assert plugin["transformations"] == []
+    monkeypatch.setattr("regraft.core.host.host", lambda: host_with(regraft_sources=broken))
+    assert "broken: regraft_sources raised ImportError" in done("plugins").out
 
 
 # New and checked ones
@@ -134,6 +136,21 @@ def test_check_of_a_broken_plugin_is_a_plugin_fault(package, settings, reason):
     ran = regraft("plugins", "check", package("toy_that_is_broken", **settings))
     assert ran.code == 5
     assert reason in ran.err
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong", "reason"),
+    [
+        ("toy_unmarked", "@hookimpl\n", "", "regraft_transformations is not marked with @hookimpl"),
+        ("toy_returning", "return [Toy]", "[Toy]", "regraft_transformations returned None, not a sequence"),
+        ("toy_sources", "regraft_transformations():", "regraft_sources():", "which is no source"),
+    ],
+)
+def test_check_tells_a_forgotten_mark_and_a_forgotten_return(package, name, right, wrong, reason):
+    file = package(name) / f"{name}.py"
+    file.write_text(file.read_text().replace(right, wrong))
+    ran = regraft("plugins", "check", file.parent)
+    assert (ran.code, reason in ran.err) == (5, True)
 
 
 def test_check_of_what_is_no_plugin(package, tmp_path):

@@ -159,7 +159,7 @@ def test_an_optional_hook_of_another_version_is_no_fault():
 
 @pytest.mark.parametrize("api", ["", ">=1", "==1.*", ">=1.0,<2", "~=1.0"])
 def test_ranges_that_hold_our_api_version_fit(api):
-    assert statuses(Host([Entry("x", module(regraft_api=api))], {})) == {"x": "loaded"}
+    assert statuses(Host([Entry("x", module(regraft_api=api, regraft_sources=nothing))], {})) == {"x": "loaded"}
 
 
 def raising(error):
@@ -191,6 +191,8 @@ NoParams = type("NoParams", (WeightSpace,), {"name": "x", "summary": "x", "Param
         ),
         ("regraft_transformations", lazily_raising, "raised KeyError"),
         ("regraft_transformations", lambda: 5, "not iterable"),
+        ("regraft_transformations", lambda: None, "regraft_transformations returned None, not a sequence"),
+        ("regraft_sources", lambda: None, "regraft_sources returned None, not a sequence"),
         ("regraft_transformations", lambda: ["context-extension"], "is not a subclass of Transformation"),
         ("regraft_transformations", lambda: [transformation("x")()], "is not a subclass of Transformation"),
         ("regraft_transformations", lambda: [NoName], "has no name"),
@@ -212,7 +214,7 @@ def test_a_plugin_that_fails_when_it_is_asked_is_listed_and_costs_nobody_else(ho
     assert reason in found.broken["bad"]
 
 
-@pytest.mark.parametrize("result", [None, [], ()])
+@pytest.mark.parametrize("result", [[], ()])
 def test_a_plugin_may_bring_nothing(result):
     found = Host([Entry("x", module(regraft_transformations=lambda: result, regraft_sources=lambda: result))], {})
     assert found.transformations() == {}
@@ -220,10 +222,60 @@ def test_a_plugin_may_bring_nothing(result):
     assert statuses(found) == {"x": "loaded"}
 
 
-def test_a_function_that_is_only_called_like_a_hook_is_not_called():
-    made = ModuleType("plugin")
-    made.regraft_sources = lambda: pytest.fail("it was called")
-    assert Host([Entry("x", made)], {}).sources() == []
+FORGOTTEN = """
+def regraft_transformations():
+    raise RuntimeError("it was called")
+"""
+MARKED = """
+@hookimpl
+def regraft_sources():
+    return []
+"""
+IN_A_CLASS = """
+class Plugin:
+    @hookimpl
+    def regraft_sources(self):
+        return []
+
+    def regraft_transformations(self):
+        raise RuntimeError("it was called")
+"""
+
+
+def written(source, name="stranger"):
+    """The module that `source` makes."""
+    made = ModuleType(name)
+    made.hookimpl = hookimpl
+    exec(source, vars(made))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("plugin", "reason"),
+    [
+        (written(FORGOTTEN), "regraft_transformations is not marked with @hookimpl"),
+        (written(MARKED + FORGOTTEN), "regraft_transformations is not marked with @hookimpl"),
+        (written(IN_A_CLASS).Plugin(), "regraft_transformations is not marked with @hookimpl"),
+        (written("def regraft_transformation(): ..."), "no function of it is marked with @hookimpl"),
+        (written(""), "no function of it is marked with @hookimpl"),
+    ],
+)
+def test_a_forgotten_mark_is_told_and_nothing_of_the_plugin_is_called(plugin, reason):
+    found = Host([Entry("bad", plugin), Entry("good", bringing("fine"))], {})
+    assert list(found.transformations()) == ["fine"]
+    assert found.sources() == []
+    assert reason in found.broken["bad"]
+
+
+def test_what_is_called_like_a_hook_and_comes_from_elsewhere_or_is_marked_under_another_name_is_no_fault():
+    elsewhere = written(MARKED)
+    elsewhere.regraft_transformations = written(FORGOTTEN, "another.package").regraft_transformations
+    renamed = written(MARKED + FORGOTTEN)
+    renamed.other = hookimpl(nothing, specname="regraft_transformations")
+    in_a_class = written(IN_A_CLASS.partition("def regraft_transf")[0]).Plugin()
+    found = Host([Entry("a", elsewhere), Entry("b", renamed), Entry("c", in_a_class)], {})
+    assert (dict(found.transformations()), found.sources()) == ({}, [])
+    assert found.broken == {}
 
 
 def test_a_command_that_cannot_be_registered_breaks_its_plugin_alone():
