@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from regraft.core.errors import ResourceError, UsageError
 from regraft.core.hookspecs import API_VERSION
 from regraft.core.provenance import package_version
+from regraft.core.recipe.overrides import TOP_LEVEL
 
 if TYPE_CHECKING:
     from regraft.core.host import Host
@@ -61,10 +62,11 @@ def names_of(name: str) -> Names:
         UsageError: it cannot be a name.
     """
     short = name.removeprefix(PREFIX)
-    if not _NAME.fullmatch(short) or len(short) > MAX_NAME or short in ("regraft", "testing"):
+    if not _NAME.fullmatch(short) or len(short) > MAX_NAME or short in ("regraft", "testing", *TOP_LEVEL):
         raise UsageError(
             "cannot be the name of a plugin", where=ascii(name)[1:-1],
-            expected=f"lower-case words and digits with hyphens between them, at most {MAX_NAME} characters",
+            expected=f"lower-case words and digits with hyphens between them, at most {MAX_NAME} characters, and no "
+            f"key of a recipe ({', '.join(TOP_LEVEL)})",
             remedy="choose a name such as scale-layers",
         )  # fmt: skip
     return Names(short)

@@ -93,7 +93,7 @@ def apply_recipe(
     save_patches: Path | None = None,
     **output: Any,
 ) -> ApplyReport:
-    """Run a recipe and write its output, as `regraft apply` does.
+    """Run a recipe and write its output, as `regraft apply --no-cache` does: what a step gives is always computed.
 
     Args:
         base: what `[base] model` says.
@@ -109,7 +109,7 @@ def apply_recipe(
     """
     from regraft.core.execute import ApplyOptions, apply
 
-    options = ApplyOptions(device="cpu", threads=threads, durable=False, save_patches=save_patches)
+    options = ApplyOptions(device="cpu", threads=threads, durable=False, save_patches=save_patches, cache=False)
     recipe = make_recipe(base, *steps, seed=seed, **output)
     return apply(recipe, Path(to), host_of(*_classes(steps)), options)
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from regraft.core.errors import RecipeError, VerificationError
 from regraft.core.recipe.model import recorded
+from regraft.core.recipe.overrides import TOP_LEVEL
 from regraft.core.sources import open_checkpoint
 from regraft.core.sources.folder import CARD, LOCK
 from regraft.core.testing.conformance.check import demand, named
@@ -33,6 +34,11 @@ def describes_itself(subject: Subject) -> None:
     demand(
         _NAME.fullmatch(kind.name) is not None, "the name is not one for recipes", where=f"{kind.__name__}.name",
         expected="lower-case words with hyphens", found=kind.name, remedy="name it like `scale-layers`",
+    )  # fmt: skip
+    demand(
+        kind.name not in TOP_LEVEL, "the name is a key of recipes, so a step of that name needs an id",
+        where=f"{kind.__name__}.name", expected=f"none of {', '.join(TOP_LEVEL)}", found=kind.name,
+        remedy="choose another name",
     )  # fmt: skip
     demand(
         "\n" not in kind.summary and kind.summary.endswith("."), "the summary is not one sentence",

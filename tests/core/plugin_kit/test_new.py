@@ -61,7 +61,11 @@ def test_the_transformation_is_short_and_imports_only_the_public_api():
 
 
 @pytest.mark.parametrize(
-    "name", ["", "Scale", "scale_layers", "-scale", "scale-", "2fold", "a--b", "../x", "regraft", "testing", "x" * 41]
+    "name",
+    [
+        *("", "Scale", "scale_layers", "-scale", "scale-", "2fold", "a--b", "../x", "regraft", "testing", "x" * 41),
+        *("schema", "name", "seed", "extends", "base", "steps", "output", "regraft-output"),
+    ],
 )
 def test_a_bad_name_is_refused_and_nothing_is_written(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)

@@ -7,7 +7,19 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field
 
-from regraft import Edit, FileRef, MemoryTensor, Operation, Params, Patch, ScaleRows, Unsupported, Value, WeightSpace
+from regraft import (
+    Edit,
+    FileRef,
+    MemoryTensor,
+    Operation,
+    Params,
+    Patch,
+    ScaleRows,
+    Transformation,
+    Unsupported,
+    Value,
+    WeightSpace,
+)
 from regraft.core.patch import Outline
 from regraft.testing import NotApplicable
 
@@ -343,6 +355,27 @@ class Littering(Sound):
     def apply(self, checkpoint, params, run):
         Path("debug.log").write_text("here I was")
         return super().apply(checkpoint, params, run)
+
+
+class Drawing(Transformation):
+    """Works by itself, as a training does, so that `regraft apply` would keep its result and draw only once."""
+
+    name, summary, Params = "toy-drawing", "Scale two tensors by a number that nobody knows before.", SoundParams
+
+    def check(self, checkpoint, params):
+        Sound().names(checkpoint)
+
+    def plan(self, checkpoint, params):
+        return replace(Sound().plan(checkpoint, params), workspace_bytes=10**7)
+
+    def apply(self, checkpoint, params, run):
+        import torch
+
+        return Sound().patch(checkpoint, SoundParams(factor=1 + torch.rand(()).item() + hash("factor") % 97))
+
+
+class Reserved(Sound):
+    name = "output"
 
 
 class Hoarding(Sound):

@@ -1,5 +1,8 @@
 """Every check fails on a transformation that breaks it, and none on a sound one."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from regraft.core.testing.conformance import processes
@@ -51,16 +54,18 @@ FAULTS_OF_PROCESSES = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """The current folder: some of the broken ones litter."""
+    """The current folder: some of the broken ones litter. A step cache is there, as for any user."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("place"))
+        patch.setenv("REGRAFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("REGRAFT_CACHE_SIZE")
         yield tmp_path_factory
 
 
 @pytest.fixture(scope="module")
 def probed(place):
     """Subjects whose processes have answered, all at once."""
-    kinds = [broken.Sound, *FAULTS_OF_PROCESSES.values()]
+    kinds = [broken.Sound, broken.Drawing, *FAULTS_OF_PROCESSES.values()]
     subjects = {kind: Subject(kind, place.mktemp(kind.name), families=("llama",)) for kind in kinds}
     large = processes._large
     with pytest.MonkeyPatch.context() as patch:
@@ -88,6 +93,18 @@ def test_a_fault_that_shows_in_another_process_is_found(probed, name):
     outcome = check(name).run(probed[FAULTS_OF_PROCESSES[name]])
     assert outcome.status == "failed"
     assert "remedy" in outcome.message
+
+
+@pytest.mark.parametrize("name", ["takes_its_seed_from_the_run", "weights_are_deterministic"])
+def test_the_step_cache_hides_no_fault(probed, name):
+    assert check(name).run(probed[broken.Drawing]).status == "failed"
+    assert list(Path(os.environ["REGRAFT_CACHE"]).iterdir()) == []
+
+
+def test_no_step_takes_its_id_from_a_key_of_recipes(place):
+    outcome = check("describes_itself").run(Subject(broken.Reserved, place.mktemp("reserved"), families=("llama",)))
+    assert outcome.status == "failed"
+    assert "found: output" in outcome.message
 
 
 @pytest.mark.parametrize("one", CHECKS, ids=lambda one: one.name)
