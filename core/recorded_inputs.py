@@ -15,6 +15,7 @@ from regraft.core.errors import InputError, UsageError
 from regraft.core.host import Host
 from regraft.core.operations import leaves
 from regraft.core.provenance import data_digests
+from regraft.core.recipe.document import exists
 from regraft.core.recipe.document import leaves as values_of
 from regraft.core.recipe.load import recipe_from
 from regraft.core.recipe.model import Recipe
@@ -117,12 +118,15 @@ class RecordedInputs:
     def _base_place(self) -> str | None:
         """Where the base is on this disk; None for a name that a source knows."""
         there = self._whereabouts.folder / Path(self._record["base"]["model"]).expanduser()
-        named = self._whereabouts.base or (there if there.exists() else None)
+        named = self._whereabouts.base or (there if exists(there) else None)
         return None if named is None else str(named.resolve())
 
     def _inputs(self, step: dict[str, Any], stated: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str, str]]:
         """Places of a step's inputs, as recorded and as they are now."""
-        params: type[BaseModel] = self._host.transformations()[step["use"]].Params
+        transformation = self._host.transformations().get(step["use"])
+        if transformation is None:  # of a broken plugin, which the recipe's parser names
+            return
+        params: type[BaseModel] = transformation.Params
         values = {key: value for key, value in step.items() if key not in ("use", "id")}
         shape = shape_of(params)
         for place, written in values_of(values):
@@ -148,7 +152,7 @@ class RecordedInputs:
                 self._problems.append(f"{key}: there is no {named}")
                 return None
         for folder in self._folders():
-            if (there := folder / Path(written).expanduser()).exists():
+            if exists(there := folder / Path(written).expanduser()):
                 return str(there.resolve())
         return None
 

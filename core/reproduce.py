@@ -14,19 +14,22 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regraft.core.environment import Difference, differences
 from regraft.core.errors import InputError, RegraftError, ResourceError
 from regraft.core.execute import ApplyOptions, Events, apply
 from regraft.core.host import Host
 from regraft.core.hub_upload import licensed
-from regraft.core.jsonio import brief, read_object
-from regraft.core.provenance import LOCK_SCHEMA
+from regraft.core.jsonio import read_object
+from regraft.core.lock_file import check_runnable
 from regraft.core.recorded_inputs import RecordedInputs, Whereabouts
 from regraft.core.sources.folder import CARD, LOCK
 from regraft.core.verify import Finding
-from regraft.core.verify.lock import table
+
+if TYPE_CHECKING:
+    from regraft.core.checkpoint import Checkpoint
+    from regraft.core.recipe.model import Recipe
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,7 @@ def read_lock(path: Path) -> tuple[Path, dict[str, Any]]:
         raise InputError("there is no lock file", where=lock, expected=f"{LOCK}, or a folder with it",
                          remedy="name the output of a recipe")  # fmt: skip
     document = read_object(lock)
-    if document.get("schema") != LOCK_SCHEMA:
-        raise InputError("a lock file of another version", where=lock, expected=f"schema {LOCK_SCHEMA}",
-                         found=brief(document.get("schema")), remedy="use the regraft that wrote it")  # fmt: skip
-    for key in ("recipe", "base", "output", "environment"):
-        table(document, key, lock)
+    check_runnable(document, lock)
     return lock, document
 
 
@@ -101,10 +100,7 @@ def reproduce(
         RegraftError: the run failed.
     """
     lock, record = read_lock(path)
-    _check_plugins(record, host, lock)
-    inputs = RecordedInputs(record, lock, host, whereabouts)
-    recipe, base = inputs.recipe(), inputs.base()
-    inputs.check(recipe, base)
+    recipe, base = recorded(record, lock, host, whereabouts)
     device = device or _recorded_device(record)
     options = ApplyOptions(device=device, threads=threads, durable=False, verify="structure", cache=False)
     with _target(lock, out) as target:
@@ -118,9 +114,22 @@ def reproduce(
     )
 
 
+def recorded(record: Mapping[str, Any], lock: Path, host: Host, whereabouts: Whereabouts) -> tuple[Recipe, Checkpoint]:
+    """The recipe and the base of a record, with all inputs found and compared with their digests.
+
+    Raises:
+        RegraftError: as `reproduce`.
+    """
+    _check_plugins(record, host, lock)
+    inputs = RecordedInputs(record, lock, host, whereabouts)
+    recipe, base = inputs.recipe(), inputs.base()
+    inputs.check(recipe, base)
+    return recipe, base
+
+
 def _as_published(made: dict[str, Any], record: Mapping[str, Any], target: Path) -> dict[str, Any]:
     """What was pushed with a licence given by hand has it in its card: so must what it is compared with."""
-    licence = record.get("published", {}).get("license")
+    licence = (record.get("published") or {}).get("license")
     if licence is None:
         return made
     card = licensed((target / CARD).read_bytes(), licence)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.errors import RegraftError
-from regraft.core.report.documents import Lock
+from regraft.core.lock_file import Lock
 from regraft.core.sources.open import Source, open_checkpoint
 
 

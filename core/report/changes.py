@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from regraft.core.derived import open_rows
 from regraft.core.diff import Difference, TensorChange
-from regraft.core.report.documents import Lock
+from regraft.core.lock_file import Lock
 from regraft.core.report.heat_map import Cell, HeatMap, heat_map
 from regraft.core.report.numbers import number
 from regraft.core.report.places import Place

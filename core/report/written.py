@@ -11,11 +11,12 @@ from typing import Any
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.diff import compare_checkpoints
 from regraft.core.errors import UsageError
+from regraft.core.lock_file import Lock, LockedStep
 from regraft.core.provenance import adapter_usage, usage
 from regraft.core.report.base import Base, find_base
 from regraft.core.report.changes import change_map, counted, from_lock, listed
 from regraft.core.report.comparison import Changes, measured_changes
-from regraft.core.report.documents import Lock, LockedStep, read_lock
+from regraft.core.report.documents import read_lock
 from regraft.core.report.evaluations import EvaluationPart, evaluation_part
 from regraft.core.report.figures import Figures, figures
 from regraft.core.report.places import places_of

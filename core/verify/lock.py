@@ -11,6 +11,7 @@ from regraft.core.checkpoint import Checkpoint
 from regraft.core.errors import InputError
 from regraft.core.finite import NonFinite, count_in
 from regraft.core.jsonio import brief, read_object
+from regraft.core.lock_file import check_schema
 from regraft.core.provenance import sha256
 from regraft.core.sources.folder import INDEX, LOCK
 from regraft.core.tensors import LazyTensor
@@ -26,24 +27,21 @@ def check_lock(folder: Path, checkpoint: Checkpoint) -> tuple[list[Finding], int
     """Recompute what the lock file of `folder` states. Gives the findings and how many digests agreed.
 
     Raises:
-        InputError: the lock file is not JSON, or malformed.
+        InputError: the lock file is not JSON, or malformed, or of another version.
     """
     path = folder / LOCK
     if not path.is_file():
         return [Finding(f"there is no {LOCK}, so digests were not compared", checkpoint.label, fatal=False)], 0
-    stated = table(read_object(path), "output", path)
+    document = read_object(path)
+    check_schema(document, path)
+    stated = _table(document, "output", path)
     files, tensors = _entries(stated, "files", path), _entries(stated, "tensors", path)
     results = [*_files(folder, files), *_tensors(checkpoint, tensors, path)]
     notes = [*_unknown_files(checkpoint, files), *_undigested(checkpoint, tensors)]
     return [*(finding for finding in results if finding is not None), *notes], results.count(None)
 
 
-def table(document: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:
-    """The object under `key` in the lock file `path`.
-
-    Raises:
-        InputError: there is none.
-    """
+def _table(document: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:
     value = document.get(key)
     if isinstance(value, Mapping):
         return value
@@ -52,8 +50,8 @@ def table(document: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any
 
 
 def _entries(document: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Mapping[str, Any]]:
-    found = table(document, key, path)
-    return {name: table(found, name, path) for name in found}
+    found = _table(document, key, path)
+    return {name: _table(found, name, path) for name in found}
 
 
 def _files(folder: Path, stated: Mapping[str, Mapping[str, Any]]) -> Iterator[Finding | None]:

@@ -142,3 +142,67 @@ def test_the_gravest_difference_of_the_environment_comes_first():
     ]  # fmt: skip
     made["environment"]["python"] = "3.12.0"
     assert ("python", "weights") in [(difference.name, difference.severity) for difference in differences(record, made)]
+
+
+def put(*place, value):
+    """A change of a lock file: `value` at `place`; None removes what is there."""
+
+    def change(lock):
+        for key in place[:-1]:
+            lock = lock[key]
+        lock[place[-1]] = value
+        if value is None:
+            del lock[place[-1]]
+
+    return change
+
+
+def test_a_lock_file_changed_by_hand_is_refused_by_the_key_that_is_wrong(workplace):
+    done("apply", write_recipe(Path("r.toml"), "base", ABF, path="out"), "--no-durable")
+    honest = Path("out", LOCK).read_text()
+    for change, where in (
+        (put("schema", value=9), ""),
+        (put("steps", value=None), ": steps"),
+        (put("steps", value=[]), ": steps"),
+        (put("steps", value=5), ": steps"),
+        (put("steps", value=["a"]), ": steps.0"),
+        (put("steps", 0, "use", value=None), ": steps.0.use"),
+        (put("steps", 0, "data", value=[1]), ": steps.0.data"),
+        (put("recipe", "steps", value=5), ": recipe.steps"),
+        (put("recipe", "steps", 0, "use", value=None), ": recipe.steps.0.use"),
+        (put("recipe", "steps", 0, "use", value="nope"), ": steps"),
+        (put("recipe", "base", "model", value=None), ": recipe.base.model"),
+        (put("base", "model", value=None), ": base.model"),
+        (put("output", "tensors", value=[1]), ": output.tensors"),
+        (put("output", "files", "README.md", value=3), ": output.files.README.md"),
+        (put("environment", "packages", value=[1]), ": environment.packages"),
+        (put("environment", "torch_threads", value=0), ": environment.torch_threads"),
+        (put("published", value=5), ": published"),
+    ):
+        Path("out", LOCK).write_text(honest)
+        edit(change)
+        ran = regraft("reproduce", "out", "--json")
+        assert ran.code == 3, where
+        (told,) = ran.events
+        assert told["where"] == f"out/{LOCK}{where}"
+        assert told["remedy"]
+    assert told["message"] == "is malformed: input should be a valid object"
+    assert told["found"] == "5"
+    Path("out", LOCK).write_text(honest)
+    for place in (("recipe", "base"), ("base",)):
+        edit(put(*place, "model", value="a" * 300))
+    assert regraft("reproduce", "out").code == 3
+
+
+def test_a_step_of_a_plugin_that_is_not_there_or_broken_is_named(made, monkeypatch):
+    def change(lock):
+        lock["recipe"]["steps"][1]["use"] = lock["steps"][1]["use"] = "gone"
+
+    edit(change)
+    ran = regraft("reproduce", "out", "--inputs", "recipes")
+    assert ran.code == 3
+    assert f"out/{LOCK}: one: a step's transformation is not installed" in ran.err
+    monkeypatch.setattr(type(HOST), "broken", {"gone": "it is broken"})
+    ran = regraft("reproduce", "out", "--inputs", "recipes")
+    assert ran.code == 5
+    assert "it is broken" in ran.err

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 from tests.fuzz import mutations
-from tests.fuzz.contract import target
+from tests.fuzz.contract import REFUSALS, target
 from tests.fuzz.honest import base, document, put, scratch
 
 
@@ -72,11 +73,17 @@ def lock_files() -> list[bytes]:
 
 @target(mutations.mutated_json, lock_files)
 def lock(data: bytes) -> object:
-    """regraft.lock.json, verified."""
+    """regraft.lock.json, verified, and read as it is before it is run again."""
+    from regraft.core.host import host
+    from regraft.core.recorded_inputs import Whereabouts
+    from regraft.core.reproduce import read_lock, recorded
     from regraft.core.verify.folder import verify_folder
 
-    put(written() / "regraft.lock.json", data)
-    return verify_folder(written())
+    path = put(written() / "regraft.lock.json", data)
+    with suppress(*REFUSALS):
+        verify_folder(written())
+    _, record = read_lock(path)
+    return recorded(record, path, host(), Whereabouts(folder=scratch()))
 
 
 def states() -> list[bytes]:

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from regraft.core.diff import compare_checkpoints
+from regraft.core.lock_file import Lock
 from regraft.core.report.changes import change_map, from_difference, from_lock
-from regraft.core.report.documents import Lock
 from regraft.core.report.figures import figures, paired
 from regraft.core.report.places import Place, places_of
 from regraft.core.report.toml_text import toml_text

@@ -168,6 +168,14 @@ def test_a_malformed_lock(damage, where, copy):
         verify_folder(copy)
 
 
+def test_a_lock_of_another_version(copy):
+    lock = json.loads((copy / LOCK).read_text())
+    (copy / LOCK).write_text(json.dumps({**lock, "schema": 9}))
+    with pytest.raises(InputError, match="a lock file of another version") as caught:
+        verify_folder(copy)
+    assert (caught.value.expected, caught.value.found) == ("schema 1", "9")
+
+
 def test_a_lock_that_names_a_path_outside(copy):
     lock = json.loads((copy / LOCK).read_text())
     lock["output"]["files"]["../../etc/passwd"] = {"sha256": "0"}
