@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from regraft.core.errors import UsageError
 from regraft.core.recipe.suggest import did_you_mean
-from regraft.core.testing.conformance import composition, contract, loading, output, processes, refusals, state
+from regraft.core.testing.conformance import caching, composition, contract, loading, output, processes, refusals, state
 from regraft.core.testing.conformance.check import Check, Outcome
 from regraft.core.testing.conformance.subject import Subject
 
@@ -42,6 +42,7 @@ CHECKS: tuple[Check, ...] = tuple(
             composition.composes_before_others,
             composition.composes_behind_others,
             composition.applies_as_a_saved_patch,
+            caching.comes_out_of_the_cache,
             processes.imports_are_light,
             processes.weights_are_deterministic,
             processes.records_are_deterministic,

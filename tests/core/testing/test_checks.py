@@ -39,6 +39,7 @@ FAULTS = {
     "composes_before_others": broken.OneShot,
     "composes_behind_others": broken.Stored,
     "applies_as_a_saved_patch": broken.Disguised,
+    "comes_out_of_the_cache": broken.Disguised,
 }
 """Found in this process."""
 
