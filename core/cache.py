@@ -10,17 +10,19 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from regraft.core.cache_entry import check_entry, entry_bytes, load_entry, read_entry, save_entry
 from regraft.core.cache_folder import CacheFolder, cache_folder
-from regraft.core.cache_key import StepKey, step_keys, worth_keeping
+from regraft.core.cache_key import StepKey, step_keys
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.devices import resolve_device
 from regraft.core.errors import RegraftError, ResourceError
 from regraft.core.patch import Patch
 from regraft.core.plan import Plan, PlannedStep, outputs_of
 from regraft.core.processes import Processes, store
+from regraft.core.provenance import torch_threads
 from regraft.core.requirements import disk_bytes
 
 _CHEAP_BYTES = 10**9
@@ -61,7 +63,7 @@ class StepCache:
         self._plan, self._device, self._target, self._say, self._ours = plan, device, target, say, ours
         self._strict = strict
         self.hits: list[str] = []
-        self._wanted = wanted and any(map(worth_keeping, plan.steps))
+        self._wanted = wanted and any(step.works_by_itself for step in plan.steps)
         self._folder = self._found() if self._wanted else _NONE
         self._keys = self._all_keys() if self._folder.limit and self._usable() else ()
 
@@ -72,7 +74,7 @@ class StepCache:
             index: of the step in the plan.
             checkpoint: what the step sees.
         """
-        if not self._wanted or not worth_keeping(step := self._plan.steps[index]):
+        if not self._wanted or not (step := self._plan.steps[index]).works_by_itself:
             return None
         patch = self._load(step, self._keys[index].key, checkpoint) if self._keys else None
         if not _all_have(self._ours, f"cache {index}", patch is not None):
@@ -93,7 +95,7 @@ class StepCache:
             seconds: how long it took.
         """
         step = self._plan.steps[index]
-        if not self._keys or not self._ours.first or not worth_keeping(step):
+        if not self._keys or not self._ours.first or not step.works_by_itself:
             return
         key, reason = self._keys[index].key, self._keys[index].reason
         if key is None:
@@ -149,7 +151,8 @@ class StepCache:
         return False
 
     def _all_keys(self) -> tuple[StepKey, ...]:
-        return step_keys(self._plan, self._folder, self._device, strict=self._strict, world=self._ours.world)
+        threads = torch_threads(self._plan, self._device)
+        return step_keys(self._plan, self._folder, self._device, threads, strict=self._strict, world=self._ours.world)
 
     def _load(self, step: PlannedStep, key: str | None, checkpoint: Checkpoint) -> Patch | None:
         held = None if key is None else self._folder.hold(key)
@@ -182,6 +185,7 @@ class StepCache:
             "plugin": step.plugin.distribution,
             "plugin_version": step.plugin.version,
             "device": self._device.split(":")[0],
+            "torch_threads": torch_threads(self._plan, self._device),
         }
 
     def _tell(self, line: str) -> None:
@@ -211,7 +215,7 @@ def kept_steps(plan: Plan) -> list[str]:
     Raises:
         UsageError: the environment gives the cache a size that is none.
     """
-    if not any(map(worth_keeping, plan.steps)):
+    if not any(step.works_by_itself for step in plan.steps):
         return []
     try:
         folder = cache_folder()
@@ -219,7 +223,9 @@ def kept_steps(plan: Plan) -> list[str]:
         return []
     if not folder.limit or not folder.entries():
         return []
-    keys = step_keys(plan, folder, _likely_device(), most_bytes=_CHEAP_BYTES)
+    device = _likely_device()
+    threads = _likely_threads(folder) if device == "cpu" else None
+    keys = step_keys(plan, folder, device, threads, most_bytes=_CHEAP_BYTES)
     return [
         step.id
         for step, of in zip(plan.steps, keys, strict=True)
@@ -232,3 +238,17 @@ def _likely_device() -> str:
     if any(Path(place).exists() for place in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")):
         return resolve_device("auto")
     return "cpu"
+
+
+def _likely_threads(folder: CacheFolder) -> int | None:
+    """With how many threads `apply` will compute: torch, which takes seconds to import, is not asked, but the
+    environment, or else the entry that was used last.
+    """
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdecimal():
+        return int(given)
+    for key in folder.entries():
+        with suppress(RegraftError):
+            if (threads := read_entry(folder.entry(key)).facts.get("torch_threads")) is not None:
+                return int(threads)
+    return None

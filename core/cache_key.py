@@ -25,6 +25,7 @@ from pydantic import BaseModel
 from regraft.core.buffers import reading
 from regraft.core.cache_folder import CacheFolder
 from regraft.core.checkpoint import Checkpoint
+from regraft.core.file_patterns import from_pattern, matched
 from regraft.core.derived import ConstantTensor
 from regraft.core.errors import RegraftError
 from regraft.core.operations import ComputedTensor
@@ -35,7 +36,6 @@ from regraft.core.recipe.nodes import PATH_FORMATS, shape_of
 from regraft.core.sources import open_checkpoint
 from regraft.core.tensors import LazyTensor
 from regraft.core.transfer import hash_range, new_hasher
-from regraft.core.transformation import WeightSpace
 
 KEY_SCHEMA = 1
 _SETTLED_SECONDS = 2.0
@@ -64,13 +64,15 @@ class StepKey:
     reason: str = ""
 
 
-def worth_keeping(step: PlannedStep) -> bool:
-    """Whether a step works by itself: a weight-space patch is formulas on the base and costs nothing to make again."""
-    return not isinstance(step.transformation, WeightSpace) and step.outline.workspace_bytes > 0
-
-
 def step_keys(
-    plan: Plan, folder: CacheFolder, device: str, *, strict: bool = False, world: int = 1, most_bytes: int | None = None
+    plan: Plan,
+    folder: CacheFolder,
+    device: str,
+    threads: int | None,
+    *,
+    strict: bool = False,
+    world: int = 1,
+    most_bytes: int | None = None,
 ) -> tuple[StepKey, ...]:
     """The key of every step of a plan.
 
@@ -78,16 +80,17 @@ def step_keys(
         plan: whose steps they are.
         folder: remembers digests of weight files.
         device: on which steps compute, such as `cpu` or `cuda:0`.
+        threads: with how many, see `torch_threads`.
         strict: as in `Run`.
         world: how many processes compute together.
         most_bytes: give up rather than read more than so many bytes of weights; None reads what it takes.
     """
-    if not any(map(worth_keeping, plan.steps)):
+    if not any(step.works_by_itself for step in plan.steps):
         return tuple(StepKey(None) for _ in plan.steps)
     try:
-        chain = [_base_digest(plan, folder, most_bytes), *_numerics(device, strict=strict, world=world)]
+        chain = [_base_digest(plan, folder, most_bytes), *_numerics(device, threads, strict=strict, world=world)]
     except (_NoKeyError, RegraftError, OSError) as trouble:
-        return tuple(StepKey(None, str(trouble) if worth_keeping(step) else "") for step in plan.steps)
+        return tuple(StepKey(None, str(trouble) if step.works_by_itself else "") for step in plan.steps)
     return tuple(_along(plan, chain, folder, most_bytes))
 
 
@@ -99,7 +102,7 @@ def _along(plan: Plan, chain: list[str], folder: CacheFolder, most_bytes: int | 
             chain = [] if reason else [*chain, _digest([*chain, _step(step, folder, most_bytes)])]
         except (_NoKeyError, RegraftError, OSError) as trouble:
             reason = str(trouble)
-        if not worth_keeping(step):
+        if not step.works_by_itself:
             yield StepKey(None)
         else:
             yield StepKey(None, reason) if reason else StepKey(chain[-1])
@@ -187,13 +190,13 @@ def _remember(path: Path, folder: CacheFolder, digest: str) -> None:
         partial.rename(place)
 
 
-def _numerics(device: str, *, strict: bool, world: int) -> list[str]:
+def _numerics(device: str, threads: int | None, *, strict: bool, world: int) -> list[str]:
     """What of machine and installation decides bits."""
     names = ("regraft", "datasets", *PACKAGES)
     packages = {name: package_version(name) for name in names}
     variables = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
     code = [code_digest("regraft.core"), code_digest("regraft.kernels")]
-    return [_digest([packages, variables, code, _computer(device), strict, world])]
+    return [_digest([packages, variables, code, _computer(device), threads, strict, world])]
 
 
 def _computer(device: str) -> list[str]:
@@ -254,6 +257,8 @@ def _value(value: Any, kind: str, folder: CacheFolder, most_bytes: int | None) -
         return [path.name, [[file.relative_to(path).as_posix(), sha256(file)] for file in inner]]
     if path.is_file():
         return [path.name, sha256(path)]
+    if kind == "data" and (files := matched(value)):
+        return [from_pattern(value), [[name, sha256(file)] for name, file in files.items()]]
     if kind == "data":
         raise _NoKeyError(f"the contents of the data set {value} cannot be known without fetching it")
     return value

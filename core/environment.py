@@ -51,6 +51,7 @@ def _pairs(record: Mapping[str, Any], made: Mapping[str, Any]) -> Iterator[tuple
     yield "device", before.get("device"), after.get("device"), "weights"
     yield "machine", before.get("machine"), after.get("machine"), "weights"
     yield "processes", before.get("processes", 1), after.get("processes", 1), "weights"
+    yield "torch threads", before.get("torch_threads"), after.get("torch_threads"), "weights"
     yield "regraft", record.get("regraft"), made.get("regraft"), "weights"
     for old, new in zip(record.get("steps", []), made.get("steps", []), strict=False):
         for key in ("version", "plugin", "plugin_version"):

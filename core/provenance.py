@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from regraft.core.buffers import unreadable
 from regraft.core.checkpoint import Checkpoint
+from regraft.core.file_patterns import from_pattern, matched
 from regraft.core.layout import Layout
 from regraft.core.patch import Patch
 from regraft.core.plan import BASE_CARD, Plan, PlannedStep, paths_of, place_of, stored_base
@@ -69,7 +70,7 @@ def lock_document(
             **({"quantised": metrics} if (metrics := realised.metrics()) else {}),
         },
         "non_finite_inputs": {name: vars(count) for name, count in sorted(written.non_finite.items())},
-        "environment": environment(device),
+        "environment": environment(device, torch_threads(plan, device)),
     }
 
 
@@ -88,19 +89,34 @@ def _without_folders(value: Any) -> Any:
         return {key: _without_folders(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_without_folders(item) for item in value]
-    if isinstance(value, str) and value.startswith("/") and (path := Path(value)).exists():
-        return path.name or value
+    if isinstance(value, str) and value.startswith("/"):
+        if (path := Path(value)).exists():
+            return path.name or value
+        if matched(value):
+            return from_pattern(value)
     return value
 
 
-def environment(device: str) -> dict[str, Any]:
-    """Versions of what computes, and the kind of machine."""
+def torch_threads(plan: Plan, device: str) -> int | None:
+    """How many threads torch computes with, where that decides bits: on the CPU, in a step that works by itself. What
+    the writer computes, and thus all that weight-space steps do, is the same under any number.
+    """
+    if device != "cpu" or not any(step.works_by_itself for step in plan.steps):
+        return None
+    import torch
+
+    return torch.get_num_threads()
+
+
+def environment(device: str, threads: int | None = None) -> dict[str, Any]:
+    """Versions of what computes, and the kind of machine; `threads`: see `torch_threads`."""
     return {
         "python": platform.python_version(),
         "packages": {name: package_version(name) for name in PACKAGES},
         "system": platform.system(),
         "machine": platform.machine(),
         "device": device.split(":")[0],
+        **({} if threads is None else {"torch_threads": threads}),
         **({"processes": world} if (world := processes().world) > 1 else {}),
     }
 
@@ -164,7 +180,7 @@ def _step(step: PlannedStep, patch: Patch) -> dict[str, Any]:
 
 
 def data_digests(params: BaseModel) -> dict[str, Any]:
-    """SHA-256 of every file that a parameter of type Path names, by parameter; a folder's files by relative path."""
+    """SHA-256 of every file that a parameter of type Path names, by parameter; those of a folder or a pattern by relative path."""
     digests: dict[str, Any] = {}
     for key, path in paths_of(params):
         if path.is_file():
@@ -172,6 +188,8 @@ def data_digests(params: BaseModel) -> dict[str, Any]:
         elif path.is_dir():
             files = sorted(inner for inner in path.rglob("*") if inner.is_file())
             digests[key] = {inner.relative_to(path).as_posix(): sha256(inner) for inner in files}
+        elif files_by_name := matched(path):
+            digests[key] = {name: sha256(file) for name, file in files_by_name.items()}
     return digests
 
 

@@ -103,8 +103,10 @@ def reproduce(
     recipe, base = recorded(record, lock, host, whereabouts)
     device = device or _recorded_device(record)
     options = ApplyOptions(device=device, threads=threads, durable=False, verify="structure", cache=False)
+    events = events or Events()
     with _target(lock, out) as target:
-        report = apply(recipe, target, host, options, events, base=base)
+        with _torch_threads(record["environment"].get("torch_threads"), events):
+            report = apply(recipe, target, host, options, events, base=base)
         _, made = read_lock(target)
         made = _as_published(made, record, target)
         environment = tuple(differences(record, made))
@@ -191,6 +193,28 @@ def _recorded_device(record: Mapping[str, Any]) -> str:
         return resolve_device(recorded)
     except RegraftError:
         return "cpu"
+
+
+@contextmanager
+def _torch_threads(recorded: int | None, events: Events) -> Iterator[None]:
+    """While this lasts torch computes with as many threads as recorded; None for a record whose bytes do not depend on
+    them, or which is too old to say.
+    """
+    if recorded is None:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    if before == recorded:
+        yield
+        return
+    events.say(f"torch computes with the recorded number of threads, {recorded}, in place of {before}")
+    torch.set_num_threads(recorded)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from regraft.core.environment import differences
 from tests.adapters import write_adapter
-from tests.core.learning import HOST, ONE, RAN
+from tests.core.learning import HOST, ONE, RAN, Learn
 from tests.running import ABF, done, regraft, tree, write_recipe
 
 LOCK = "regraft.lock.json"
@@ -41,6 +42,19 @@ def edit(change):
     path.write_text(json.dumps(document))
 
 
+def put(*place, value):
+    """A change of a lock file: `value` at `place`; None removes what is there."""
+
+    def change(lock):
+        for key in place[:-1]:
+            lock = lock[key]
+        lock[place[-1]] = value
+        if value is None:
+            del lock[place[-1]]
+
+    return change
+
+
 def test_the_same_bytes_wherever_the_inputs_are(made, tmp_path, monkeypatch):
     before = tree(tmp_path)
     ran = done("reproduce", "out", "--inputs", "recipes")
@@ -65,6 +79,32 @@ def test_an_adapter_and_a_shipped_recipe_need_no_options(workplace):
     assert "reproduced" in done("reproduce", "out").out
     done("apply", "quickstart", "-o", "demo")
     assert done("reproduce", "demo", "--json").json["findings"] == []
+
+
+def test_torch_computes_with_the_recorded_number_of_threads(made, monkeypatch):
+    number, seen = torch.get_num_threads(), []
+    assert json.loads((made / LOCK).read_text())["environment"]["torch_threads"] == number
+    learn = Learn.apply
+
+    def watched(*given):
+        seen.append(torch.get_num_threads())
+        return learn(*given)
+
+    monkeypatch.setattr(Learn, "apply", watched)
+    edit(put("environment", "torch_threads", value=number + 1))
+    ran = done("reproduce", "out", "--inputs", "recipes", "--json")
+    assert (seen, torch.get_num_threads()) == ([number + 1], number)
+    assert ran.json["environment"] == []
+    assert f"the recorded number of threads, {number + 1}, in place of {number}" in ran.err
+    edit(put("environment", "torch_threads", value=None))
+    ran = done("reproduce", "out", "--inputs", "recipes")
+    assert ran.out.startswith(f"environment: torch threads: recorded none, now {number}: can change weights\n")
+    assert seen[1:] == [number]
+
+
+def test_weight_space_steps_record_no_threads(workplace):
+    done("apply", write_recipe(Path("r.toml"), "base", ABF, path="out", dtype="float16"), "--no-durable")
+    assert "torch_threads" not in json.loads(Path("out", LOCK).read_text())["environment"]
 
 
 def test_what_differs_is_listed_with_what_may_be_the_cause(made):
@@ -132,29 +172,16 @@ def test_the_gravest_difference_of_the_environment_comes_first():
     }  # fmt: skip
     made = json.loads(json.dumps(record))
     assert differences(record, made) == []
-    made["environment"] |= {"python": "3.11.2", "device": "cuda", "processes": 2}
+    made["environment"] |= {"python": "3.11.2", "device": "cuda", "processes": 2, "torch_threads": 2}
     made["environment"]["packages"] = {"torch": "2", "matplotlib": "4", "safetensors": "0.6"}
     made["steps"][0]["version"] = "2"
     found = [(difference.name, difference.severity) for difference in differences(record, made)]
     assert found == [
-        ("device", "weights"), ("processes", "weights"), ("step one: version", "weights"),
+        ("device", "weights"), ("processes", "weights"), ("torch threads", "weights"), ("step one: version", "weights"),
         ("matplotlib", "records"), ("safetensors", "nothing"), ("python", "nothing"),
     ]  # fmt: skip
     made["environment"]["python"] = "3.12.0"
     assert ("python", "weights") in [(difference.name, difference.severity) for difference in differences(record, made)]
-
-
-def put(*place, value):
-    """A change of a lock file: `value` at `place`; None removes what is there."""
-
-    def change(lock):
-        for key in place[:-1]:
-            lock = lock[key]
-        lock[place[-1]] = value
-        if value is None:
-            del lock[place[-1]]
-
-    return change
 
 
 def test_a_lock_file_changed_by_hand_is_refused_by_the_key_that_is_wrong(workplace):

@@ -6,7 +6,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from regraft.core.execute import apply
+import torch
+
+from regraft.core.cache import kept_steps
+from regraft.core.cache_key import step_keys
+from regraft.core.execute import apply, prepare
 from regraft.core.recipe.load import load_recipe
 from tests.adapters import write_adapter
 from tests.core.learning import HOST, ONE, RAN, THREE, TWO, Learn, no_cache, run
@@ -98,6 +102,26 @@ def test_seed_strictness_and_versions_are_parts_of_the_key(cache, monkeypatch):
     recipe = load_recipe(Path("r.toml"), (), HOST.transformations(), HOST.broken)
     apply(recipe, Path("out"), HOST, replace(no_cache(), cache=True))
     assert RAN == ["one"]
+
+
+def test_the_number_of_torch_threads_is_part_of_the_key_where_the_cpu_computes(cache, monkeypatch):
+    """`plan` imports no torch to ask: it goes by the environment, or by the entry that was used last."""
+    number = torch.get_num_threads()
+    run(ONE)
+    try:
+        torch.set_num_threads(number + 1)
+        assert run(ONE)[0] == ["one"]
+        assert run(ONE)[0] == []
+    finally:
+        torch.set_num_threads(number)
+    assert run(ONE)[0] == []
+    recipe = load_recipe(Path("r.toml"), (), HOST.transformations(), HOST.broken)
+    plan, _ = prepare(recipe, HOST, no_cache())
+    for given, kept in ((str(number), ["one"]), (str(number + 1), ["one"]), (str(number + 2), []), ("", ["one"])):
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        assert kept_steps(plan) == kept
+    keys = [step_keys(plan, cache, "cpu", threads)[0].key for threads in (None, 1, 2)]
+    assert len({None, *keys}) == 4
 
 
 def test_code_that_changes_under_the_same_version_is_another_step(cache, tmp_path, monkeypatch):
