@@ -19,7 +19,7 @@ from regraft.plugins.tokenizer_retrofit.vocabulary import NewVocabulary, Origin
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 _NUMBER = "1234567"
-ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+ROLES = ("eos_token", "bos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
 def open_donor(path: Path) -> TokenizerFile:
@@ -58,7 +58,8 @@ def replace_by_donor(
     donor: TokenizerFile,
     *,
     special: Literal["source", "donor"] = "source",
-    parts: Mapping[str, str] | None = None,
+    our_roles: Mapping[str, str] | None = None,
+    their_roles: Mapping[str, str] | None = None,
 ) -> NewVocabulary:
     """The donor's vocabulary, and the rows of ours that spell it.
 
@@ -66,16 +67,19 @@ def replace_by_donor(
         old: ours.
         donor: the other one.
         special: whose special tokens and post-processor the result has.
-        parts: our token for each of the donor's that plays the same part, for `special = "donor"`.
+        our_roles, their_roles: tokens by the part that they play, for `special = "donor"`. A token of the donor with
+            several parts has the row of our first one, in the order of `ROLES`.
     """
     if special == "donor":
         new = _itself(donor)
         origins = Speller(old).origins(new, new.rows)
-        for theirs, our in (parts or {}).items():
-            if theirs in new.ids and our in old.ids:
-                origins[new.ids[theirs]] = Origin(kept=old.ids[our])
+        parts = {role: token for role, token in (their_roles or {}).items() if token in new.ids}
+        played = {role: token for role, token in (our_roles or {}).items() if token in old.ids}
+        for role in reversed(ROLES):
+            if role in parts and role in played:
+                origins[new.ids[parts[role]]] = Origin(kept=old.ids[played[role]])
         figures = {"tokens": len(new.ids), "special": special}
-        return NewVocabulary(new, origins, figures, _other_numbers(old, new))
+        return NewVocabulary(new, origins, figures, _other_numbers(old, new), roles=parts)
     ours = added_entries(old)
     special_texts = {token.content for token in donor.added if token.special}
     own = {token.content: token.id for token in old.added}

@@ -48,9 +48,9 @@ def prove(
         Tokens for each word of the sample, before and after, if there is a corpus; JSON values.
 
     Raises:
-        TransformationError: a token has another id than the file says; transformers cuts a text otherwise than the
-            file says; a text is decoded worse than before; a chat is rendered otherwise, or, where no token is new, cut
-            otherwise.
+        TransformationError: a token has another id than the file says; transformers knows tokens that the file lacks,
+            or cuts a text otherwise; a text is decoded worse than before; a chat is rendered otherwise but for the
+            donor's special tokens, or, where no token is new, cut otherwise.
     """
     if (stray := new.tokenizer.stray()) is not None:
         token, wanted, found = stray
@@ -67,6 +67,13 @@ def prove(
             "transformers gives a token another id than tokenizer.json", where=repr(others[0]),
             expected=new.tokenizer.ids[others[0]], found=known.get(others[0]),
             remedy="see added_tokens_decoder in tokenizer_config.json",
+        )  # fmt: skip
+    if strays := sorted(known.keys() - new.tokenizer.ids.keys()):
+        raise TransformationError(
+            "transformers knows tokens that tokenizer.json lacks, beyond the rows of the embeddings",
+            where=", ".join(map(repr, strays[:5])), expected=f"{len(new.tokenizer.ids)} tokens", found=len(known),
+            remedy='name none but tokens of tokenizer.json in tokenizer_config.json, or append them first: '
+            'vocabulary = "add-tokens"',
         )  # fmt: skip
     for probe in probes:
         _check_stock(probe, plain, stock)
@@ -158,13 +165,15 @@ def _check_chat(before: Any, after: Any, plain: Tokenizer, new: NewVocabulary) -
         return
     chat: list[Mapping[str, str]] = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi."}]
     one, other = (tokenizer.apply_chat_template(chat, tokenize=False) for tokenizer in (before, after))
-    if one != other:
-        raise TransformationError("a chat is rendered otherwise than before", expected=repr(one), found=repr(other))
+    expected = before.apply_chat_template(chat, tokenize=False, **new.roles) if new.roles else one
+    if expected != other:
+        raise TransformationError("a chat is rendered otherwise than before", expected=repr(expected),
+                                  found=repr(other))  # fmt: skip
     if any(origin.kept is None for origin in new.origins):
         return
     moved = new.new_id()
     wanted = [moved.get(index) for index in plain.encode(one, add_special_tokens=False).ids]
-    found = new.tokenizer.backend().encode(one, add_special_tokens=False).ids
+    found = new.tokenizer.backend().encode(other, add_special_tokens=False).ids
     if found != wanted:
         raise TransformationError("a chat is cut otherwise than before", where=repr(one), expected=wanted[:20],
                                   found=found[:20], remedy="name its words in `keep`")  # fmt: skip

@@ -20,8 +20,8 @@ from regraft.plugins.tokenizer_retrofit.trim import alphabet
 
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
+DECODER = "added_tokens_decoder"
 
-_DECODER = "added_tokens_decoder"
 _TEMPLATE = ".jinja"
 
 
@@ -36,8 +36,8 @@ def reserved_places(checkpoint: Checkpoint, old: TokenizerFile, params: Tokenize
     pattern = re.compile(".*".join(map(re.escape, params.reserved.split("*"))), re.DOTALL)
     found = [token for token in old.tokens.values() if pattern.fullmatch(token)]
     used = _named(checkpoint, old)
-    templates = "\n".join(_templates(checkpoint))
-    free = [token for token in found if token not in used and token not in templates]
+    written = "\n".join(templates(checkpoint))
+    free = [token for token in found if token not in used and token not in written]
     if len(free) < len(params.add):
         raise UsageError(
             "too few reserved tokens are free", where=f"reserved: {params.reserved!r}",
@@ -63,11 +63,11 @@ def renamed(checkpoint: Checkpoint, new: TokenizerFile, taken: Mapping[str, str]
         lists = {key: config[key] for key in SPECIAL_LISTS if isinstance(config.get(key), list)}
         changes: dict[str, Any] = {key: list(_replaced(value, taken, special)) for key, value in lists.items()}
         changes = {key: value for key, value in changes.items() if value != lists[key]}
-        decoder = config.get(_DECODER)
+        decoder = config.get(DECODER)
         if isinstance(decoder, Mapping):
             entries = {str(entry["id"]): entry for entry in new.document["added_tokens"]}
             fresh = {str(new.ids[token]) for token in taken.values()} & decoder.keys()
-            changes |= {_DECODER: {index: _without_id(entries[index]) for index in sorted(fresh)}} if fresh else {}
+            changes |= {DECODER: {index: without_id(entries[index]) for index in sorted(fresh)}} if fresh else {}
         if changes:
             found[name] = changes
     return found
@@ -75,7 +75,7 @@ def renamed(checkpoint: Checkpoint, new: TokenizerFile, taken: Mapping[str, str]
 
 def renamable(checkpoint: Checkpoint) -> dict[str, set[str]]:
     """By file, the keys whose values `renamed` may change."""
-    keys = (*SPECIAL_LISTS, _DECODER)
+    keys = (*SPECIAL_LISTS, DECODER)
     named = {name: {*keys} & checkpoint.json(name).keys() for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP)}
     return {name: found for name, found in named.items() if found}
 
@@ -83,18 +83,20 @@ def renamable(checkpoint: Checkpoint) -> dict[str, set[str]]:
 def _replaced(tokens: list[Any], taken: Mapping[str, str], special: set[str]) -> Iterator[Any]:
     """A list of special tokens with new ones in the places of old ones; those that are not special are left out."""
     for token in tokens:
-        text = _text(token)
+        text = text_of(token)
         if text not in taken:
             yield token
         elif taken[text] in special:
             yield {**token, "content": taken[text]} if isinstance(token, Mapping) else taken[text]
 
 
-def _without_id(entry: Mapping[str, Any]) -> dict[str, Any]:
+def without_id(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of `added_tokens` as `added_tokens_decoder` has it."""
     return {key: value for key, value in entry.items() if key != "id"}
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """A token that is named by its text, or by an object; empty where the value names none."""
     text = value.get("content") if isinstance(value, Mapping) else value
     return text if isinstance(text, str) else ""
 
@@ -106,9 +108,9 @@ def _named(checkpoint: Checkpoint, old: TokenizerFile) -> set[str]:
     for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP):
         for key, value in checkpoint.json(name).items():
             if key.endswith("_token"):
-                found.add(_text(value))
+                found.add(text_of(value))
             elif key in SPECIAL_LISTS and isinstance(value, Mapping):
-                found.update(map(_text, value.values()))
+                found.update(map(text_of, value.values()))
     found.update(_strings(old.document.get("post_processor")))
     found.update(part for left, right in old.merges for part in (left, right, left + right))
     return found | alphabet(old)
@@ -126,7 +128,7 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(inner)
 
 
-def _templates(checkpoint: Checkpoint) -> Iterator[str]:
+def templates(checkpoint: Checkpoint) -> Iterator[str]:
     """Chat templates, in files of their own and in tokenizer_config.json."""
     yield from _strings(checkpoint.json(TOKENIZER_CONFIG).get("chat_template"))
     for name, file in checkpoint.files.items():

@@ -15,6 +15,8 @@ from regraft.core.training.footprint import state_bytes, training_bytes
 from regraft.core.transformation import Run
 from regraft.core.verify.structure import TOKENIZER
 from regraft.plugins.tokenizer_retrofit.body_places import body_numbers, body_slots, body_specs
+from regraft.plugins.tokenizer_retrofit.donor import open_donor
+from regraft.plugins.tokenizer_retrofit.donor_special import adoptable, adopted, check_templates, role_ids
 from regraft.plugins.tokenizer_retrofit.followers import check_followers
 from regraft.plugins.tokenizer_retrofit.initial import Initial
 from regraft.plugins.tokenizer_retrofit.metadata import metadata, movable
@@ -53,6 +55,8 @@ def check(checkpoint: Checkpoint, params: TokenizerRetrofitParams) -> None:
                           remedy=f"leave {' and '.join(params.needs_model)} out")  # fmt: skip
     check_source(params)
     reserved_places(checkpoint, old, params)
+    if params.donor is not None and params.special == "donor":
+        check_templates(checkpoint, old, open_donor(params.donor))
     if params.boundary == "none":
         check_superwords(checkpoint, old)
     if params.adapt is not None and params.adapt.body is not None:
@@ -80,7 +84,9 @@ def outline(checkpoint: Checkpoint, params: TokenizerRetrofitParams) -> Outline:
         memory += training_bytes(checkpoint, trained, tokens=tokens) + _FP32 * (more + _KEPT_TOKENS * tables.rows)
         disk = state_bytes(trained)
     moving = movable(checkpoint, padded=params.pad_to_multiple_of > 1)
-    for name, keys in renamable(checkpoint).items() if params.reserved is not None else ():
+    named = renamable(checkpoint) if params.reserved is not None else {}
+    named |= adoptable(checkpoint) if params.special == "donor" else {}
+    for name, keys in named.items():
         moving.setdefault(name, set()).update(keys)
     return Outline(
         specs=specs,
@@ -132,7 +138,7 @@ def apply(checkpoint: Checkpoint, params: TokenizerRetrofitParams, run: Run) -> 
         figures["proof"] = untried(asked)
         patch = replace(patch, notes=(*patch.notes, f"not tried in the model: {asked}"))
     reports |= {
-        ID_MAP: FileRef(data=_json(new.id_map())),
+        ID_MAP: FileRef(data=_json(new.id_map(tables.rows))),
         REPORT: FileRef(data=_json(figures)),
         TABLES: FileRef(data=tables_page(run.step, figures, words)),
         **({FERTILITY: FileRef(data=picture(words))} if words else {}),
@@ -154,8 +160,9 @@ def made_patch(
     moved = new.new_id()
     gone = {old.ids[token] for token in new.taken}
     same = all(moved.get(index) == index for index in range(tables.rows) if index not in gone)
-    changes = metadata(checkpoint, total, None if same else moved, total - len(new.origins))
-    named = renamed(checkpoint, new.tokenizer, new.taken)
+    roles = role_ids(checkpoint, old, new)
+    changes = metadata(checkpoint, total, None if same else moved, total - len(new.origins), roles)
+    named = renamed(checkpoint, new.tokenizer, new.taken) | adopted(checkpoint, new)
     specs = tables.specs(checkpoint, total)
     edits = {}
     by_role = tables.by_role()

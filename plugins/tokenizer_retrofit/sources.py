@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from regraft.core.checkpoint import TOKENIZER_CONFIG, Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.core.data.load import check_sources
 from regraft.core.transformation import Run
 from regraft.plugins.tokenizer_retrofit.corpus import Corpus
-from regraft.plugins.tokenizer_retrofit.donor import donor_roles, open_donor, replace_by_donor, roles
+from regraft.plugins.tokenizer_retrofit.donor import donor_roles, open_donor, replace_by_donor
+from regraft.plugins.tokenizer_retrofit.donor_special import own_roles
 from regraft.plugins.tokenizer_retrofit.metadata import token_ids_of
 from regraft.plugins.tokenizer_retrofit.params import TokenizerRetrofitParams
 from regraft.plugins.tokenizer_retrofit.tables import Tables
@@ -109,10 +110,8 @@ def _donor(
 ) -> NewVocabulary:
     del tables, run
     assert params.donor is not None
-    ours = roles(checkpoint.json(TOKENIZER_CONFIG))
-    theirs = donor_roles(params.donor)
-    parts = {text: ours[role] for role, text in theirs.items() if role in ours}
-    return replace_by_donor(old, open_donor(params.donor), special=params.special, parts=parts)
+    ours, theirs = own_roles(checkpoint), donor_roles(params.donor)
+    return replace_by_donor(old, open_donor(params.donor), special=params.special, our_roles=ours, their_roles=theirs)
 
 
 def _add(

@@ -33,6 +33,7 @@ class NewVocabulary:
         figures: for the report; JSON values.
         notes: for the user.
         taken: by an old token that is gone, the new one that has its id.
+        roles: by `bos_token` and the like, the token of a donor whose special tokens come; None where ours stay.
     """
 
     tokenizer: TokenizerFile
@@ -40,6 +41,7 @@ class NewVocabulary:
     figures: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     taken: Mapping[str, str] = field(default_factory=dict)
+    roles: Mapping[str, str] | None = None
 
     def new_id(self) -> dict[int, int]:
         """The new id of every old one that is kept, the first where there are several."""
@@ -54,9 +56,12 @@ class NewVocabulary:
         )
         return {kind: kinds[kind] for kind in ("copied", "composed", "unspelled")}
 
-    def id_map(self) -> dict[str, Any]:
-        """For `id_map.json`: the new id of each old one, null if it is gone, and the old ids that spell new tokens."""
+    def id_map(self, rows: int) -> dict[str, Any]:
+        """For `id_map.json`: the new id of each old one, null if it is gone, and the old ids that spell new tokens.
+
+        Args:
+            rows: of the old embeddings.
+        """
         kept = self.new_id()
-        old = max([*kept, *(part for origin in self.origins for part in origin.parts)], default=-1) + 1
         composed = {str(index): list(origin.parts) for index, origin in enumerate(self.origins) if origin.kept is None}
-        return {"old_to_new": [kept.get(index) for index in range(old)], "composed_of": composed}
+        return {"old_to_new": [kept.get(index) for index in range(rows)], "composed_of": composed}
