@@ -15,7 +15,6 @@ from regraft.core.adapter import adapter_of, formed, lay_out_adapter
 from regraft.core.buffers import CHUNK_BYTES, unreadable
 from regraft.core.cast import cast_patch
 from regraft.core.checkpoint import Checkpoint
-from regraft.core.file_patterns import matched
 from regraft.core.data.settings import DataSettings
 from regraft.core.errors import PluginError, RegraftError, ResourceError
 from regraft.core.host import Host, PluginInfo
@@ -210,10 +209,7 @@ def _failed(step: str, error: Exception) -> PluginError:
 
 
 def paths_of(params: BaseModel) -> Iterator[tuple[str, Path]]:
-    """Every path that a step reads, with its key, such as `corpora[1]`; of data and models only what is no hub id.
-
-    A pattern stands for the files that `core.file_patterns.matched` finds.
-    """
+    """Every path that a step reads, with its key, such as `corpora[1]`; of data and models only what is no hub id."""
     yield from _paths(params, "")
 
 
@@ -221,7 +217,7 @@ def _paths(value: Any, key: str) -> Iterator[tuple[str, Path]]:
     if isinstance(value, Path):
         yield key, value
     elif isinstance(value, DataSettings):
-        yield from _paths([path for source in value.sources if (path := Path(source)).exists() or matched(path)], f"{key}.source")
+        yield from _paths([path for source in value.sources if (path := Path(source)).exists()], f"{key}.source")
     elif isinstance(value, BaseModel):
         outputs, references = _keys_of(value, "output-path"), _keys_of(value, "data", "model")
         items = {name: _as_path(item) if name in references else item for name, item in value if name not in outputs}
@@ -236,10 +232,7 @@ def _paths(value: Any, key: str) -> Iterator[tuple[str, Path]]:
 
 def _as_path(reference: Any) -> Any:
     """A data set or a model on this machine as its path; a hub id and anything else as it is."""
-    if not isinstance(reference, str):
-        return reference
-    path = Path(reference).expanduser()
-    return path if path.exists() or matched(path) else reference
+    return path if isinstance(reference, str) and (path := Path(reference).expanduser()).exists() else reference
 
 
 def outputs_of(params: BaseModel) -> Iterator[tuple[str, Path]]:
