@@ -16,7 +16,7 @@ EXIT_CODES = {
     1: "a transformation or a verification failed; for diff, the checkpoints differ",
     2: "usage, or the recipe",
     3: "an input cannot be read or is not valid",
-    4: "resources: disk, memory, device, or the target cannot be written",
+    4: "resources: disk, memory, device, or the target cannot be written, or the result not be printed",
     5: "a plugin is at fault",
     130: "interrupted",
 }
