@@ -27,6 +27,7 @@ from regraft.core.cache_folder import CacheFolder
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.derived import ConstantTensor
 from regraft.core.errors import RegraftError
+from regraft.core.file_patterns import from_pattern, matched
 from regraft.core.operations import ComputedTensor
 from regraft.core.plan import Plan, PlannedStep
 from regraft.core.provenance import PACKAGES, package_version, sha256
@@ -256,6 +257,8 @@ def _value(value: Any, kind: str, folder: CacheFolder, most_bytes: int | None) -
         return [path.name, [[file.relative_to(path).as_posix(), sha256(file)] for file in inner]]
     if path.is_file():
         return [path.name, sha256(path)]
+    if kind == "data" and (files := matched(value)):
+        return [from_pattern(value), [[name, sha256(file)] for name, file in files.items()]]
     if kind == "data":
         raise _NoKeyError(f"the contents of the data set {value} cannot be known without fetching it")
     return value

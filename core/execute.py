@@ -14,6 +14,7 @@ from regraft.core.cache import StepCache
 from regraft.core.checkpoint import Checkpoint, FileRef
 from regraft.core.devices import check_device, resolve_device
 from regraft.core.errors import InputError, PluginError, TransformationError, UsageError
+from regraft.core.file_patterns import matched
 from regraft.core.host import Host
 from regraft.core.jsonio import dump
 from regraft.core.layout import Layout
@@ -224,7 +225,8 @@ def inputs_of(plan: Plan) -> Iterator[Path]:
 
     paths = [Reference(plan.recipe.base.model).path, *plan.recipe.sources]
     for step in plan.steps:
-        paths += [path for _, path in paths_of(step.params)]
+        for _, path in paths_of(step.params):
+            paths += [path, *matched(path).values()]
     yield from (path for path in paths if path.exists())
 
 

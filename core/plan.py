@@ -17,6 +17,7 @@ from regraft.core.cast import cast_patch
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.data.settings import DataSettings
 from regraft.core.errors import PluginError, RegraftError, ResourceError
+from regraft.core.file_patterns import matched
 from regraft.core.host import Host, PluginInfo
 from regraft.core.layout import Layout, lay_out
 from regraft.core.operations import leaves
@@ -209,7 +210,10 @@ def _failed(step: str, error: Exception) -> PluginError:
 
 
 def paths_of(params: BaseModel) -> Iterator[tuple[str, Path]]:
-    """Every path that a step reads, with its key, such as `corpora[1]`; of data and models only what is no hub id."""
+    """Every path that a step reads, with its key, such as `corpora[1]`; of data and models only what is no hub id.
+
+    A pattern stands for the files that `core.file_patterns.matched` finds.
+    """
     yield from _paths(params, "")
 
 
@@ -217,7 +221,8 @@ def _paths(value: Any, key: str) -> Iterator[tuple[str, Path]]:
     if isinstance(value, Path):
         yield key, value
     elif isinstance(value, DataSettings):
-        yield from _paths([path for source in value.sources if (path := Path(source)).exists()], f"{key}.source")
+        paths = [path for source in value.sources if (path := Path(source)).exists() or matched(path)]
+        yield from _paths(paths, f"{key}.source")
     elif isinstance(value, BaseModel):
         outputs, references = _keys_of(value, "output-path"), _keys_of(value, "data", "model")
         items = {name: _as_path(item) if name in references else item for name, item in value if name not in outputs}
@@ -232,7 +237,10 @@ def _paths(value: Any, key: str) -> Iterator[tuple[str, Path]]:
 
 def _as_path(reference: Any) -> Any:
     """A data set or a model on this machine as its path; a hub id and anything else as it is."""
-    return path if isinstance(reference, str) and (path := Path(reference).expanduser()).exists() else reference
+    if not isinstance(reference, str):
+        return reference
+    path = Path(reference).expanduser()
+    return path if path.exists() or matched(path) else reference
 
 
 def outputs_of(params: BaseModel) -> Iterator[tuple[str, Path]]:

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from regraft.core.buffers import unreadable
 from regraft.core.checkpoint import Checkpoint
+from regraft.core.file_patterns import from_pattern, matched
 from regraft.core.layout import Layout
 from regraft.core.patch import Patch
 from regraft.core.plan import BASE_CARD, Plan, PlannedStep, paths_of, place_of, stored_base
@@ -88,8 +89,11 @@ def _without_folders(value: Any) -> Any:
         return {key: _without_folders(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_without_folders(item) for item in value]
-    if isinstance(value, str) and value.startswith("/") and (path := Path(value)).exists():
-        return path.name or value
+    if isinstance(value, str) and value.startswith("/"):
+        if (path := Path(value)).exists():
+            return path.name or value
+        if matched(value):
+            return from_pattern(value)
     return value
 
 
@@ -176,7 +180,7 @@ def _step(step: PlannedStep, patch: Patch) -> dict[str, Any]:
 
 
 def data_digests(params: BaseModel) -> dict[str, Any]:
-    """SHA-256 of every file that a parameter of type Path names, by parameter; a folder's files by relative path."""
+    """SHA-256 of every file that a parameter names, by parameter; of a folder or a pattern by relative path."""
     digests: dict[str, Any] = {}
     for key, path in paths_of(params):
         if path.is_file():
@@ -184,6 +188,8 @@ def data_digests(params: BaseModel) -> dict[str, Any]:
         elif path.is_dir():
             files = sorted(inner for inner in path.rglob("*") if inner.is_file())
             digests[key] = {inner.relative_to(path).as_posix(): sha256(inner) for inner in files}
+        elif files_by_name := matched(path):
+            digests[key] = {name: sha256(file) for name, file in files_by_name.items()}
     return digests
 
 

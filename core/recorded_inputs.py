@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.errors import InputError, UsageError
+from regraft.core.file_patterns import matched
 from regraft.core.host import Host
 from regraft.core.operations import leaves
 from regraft.core.provenance import data_digests
@@ -147,12 +148,12 @@ class RecordedInputs:
             if name in self._whereabouts.data:
                 self._unused.discard(name)
                 named = self._whereabouts.data[name]
-                if named.exists():
+                if named.exists() or matched(named):
                     return str(named.resolve())
                 self._problems.append(f"{key}: there is no {named}")
                 return None
         for folder in self._folders():
-            if exists(there := folder / Path(written).expanduser()):
+            if exists(there := folder / Path(written).expanduser()) or matched(there):
                 return str(there.resolve())
         return None
 

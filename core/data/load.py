@@ -12,11 +12,13 @@ from regraft.core.checkpoint import FileRef
 from regraft.core.data.encode import Encoder
 from regraft.core.data.examples import Example, PreferenceExample, digest
 from regraft.core.data.lengths import Lengths, pack
+from regraft.core.data.names import distinct_names
 from regraft.core.data.readers import READERS, TEXT_SUFFIXES, TextUnit, read_datasets, read_file
 from regraft.core.data.records import Columns, find_columns
 from regraft.core.data.rows import BadRow, BadRows, Row
 from regraft.core.data.settings import DataSettings
 from regraft.core.errors import InputError, UsageError
+from regraft.core.file_patterns import is_pattern, matched
 
 _DATASETS_MARKS = ("dataset_info.json", "dataset_dict.json", "state.json")
 
@@ -44,11 +46,9 @@ class Dataset:
 
     def summary(self) -> dict[str, Any]:
         """For a patch's metrics: digest, counts, SHA-256 by the name of each file; no path."""
-        return {
-            "digest": self.digest,
-            **self.counts,
-            "files": {Path(name).name: sha256 for name, sha256 in sorted(self.files.items())},
-        }
+        names = distinct_names(self.files)
+        files = {names[path]: sha256 for path, sha256 in sorted(self.files.items())}
+        return {"digest": self.digest, **self.counts, "files": files}
 
 
 def check_sources(settings: DataSettings) -> None:
@@ -114,8 +114,16 @@ def prepare(
     return Dataset(examples, counts, tuple(bad.rows), files or {})
 
 
-def read_rows(source: str, settings: DataSettings, bad: BadRows) -> Iterator[Row]:
+def read_rows(
+    source: str, settings: DataSettings, bad: BadRows, *, piece_characters: int | None = None
+) -> Iterator[Row]:
     """The rows of one source.
+
+    Args:
+        source: one of `settings.sources`.
+        settings: how it is read.
+        bad: gets the rows that cannot be read.
+        piece_characters: as for `read_file`.
 
     Raises:
         InputError: it cannot be read.
@@ -125,7 +133,7 @@ def read_rows(source: str, settings: DataSettings, bad: BadRows) -> Iterator[Row
     if files:
         unit: TextUnit = settings.text_unit
         for path in files:
-            yield from read_file(path, str(path), bad, text_unit=unit)
+            yield from read_file(path, str(path), bad, text_unit=unit, piece_characters=piece_characters)
     else:
         yield from read_datasets(source, source, split=settings.split, subset=settings.subset)
 
@@ -134,7 +142,7 @@ def files_of(source: str) -> list[Path]:
     """The data files that a source means, in order; none for what the `datasets` library opens.
 
     Raises:
-        UsageError: a path that leads nowhere, or a folder without data.
+        UsageError: a path that leads nowhere, a folder without data, or a pattern that matches no data.
     """
     try:
         path = Path(source).expanduser()
@@ -146,14 +154,20 @@ def files_of(source: str) -> list[Path]:
     if path.is_dir():
         if any((path / mark).is_file() for mark in _DATASETS_MARKS):
             return []
-        suffixes = {*READERS, *TEXT_SUFFIXES}
-        files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix.lower() in suffixes)
-        if not files:
-            raise UsageError("the folder has no data files", where=source, expected=", ".join(sorted(suffixes)))
-        return files
+        return _data_files(path.iterdir(), source, "the folder has no data files")
+    if is_pattern(source):
+        return _data_files(matched(source).values(), source, "no data file matches the pattern")
     if source.count("/") > 1 or path.suffix.lower() in {*READERS, *TEXT_SUFFIXES} or source.startswith((".", "~", "/")):
         raise UsageError("there is no such file or folder", where=source, remedy="check the path of the data")
     return []
+
+
+def _data_files(paths: Iterable[Path], source: str, none: str) -> list[Path]:
+    suffixes = {*READERS, *TEXT_SUFFIXES}
+    files = sorted(file for file in paths if file.is_file() and file.suffix.lower() in suffixes)
+    if not files:
+        raise UsageError(none, where=source, expected=", ".join(sorted(suffixes)), remedy="check the path of the data")
+    return files
 
 
 def _sha256(path: Path) -> str:

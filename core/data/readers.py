@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -21,8 +24,14 @@ Reader = Callable[[Path, str, BadRows], Iterator[Row]]
 TEXT = "text"
 """The column of plain text files."""
 
+_READ_BYTES = 1 << 20
+_LINE_BEGINS = re.compile(r"\n(?=\S)")
+"""The end of a line before one that is not indented."""
 
-def read_file(path: Path, label: str, bad: BadRows, *, text_unit: TextUnit = "file") -> Iterator[Row]:
+
+def read_file(
+    path: Path, label: str, bad: BadRows, *, text_unit: TextUnit = "file", piece_characters: int | None = None
+) -> Iterator[Row]:
     """The rows of one file; the suffix says its format, and an unknown one is plain text only if it is `.txt` or `.md`.
 
     Args:
@@ -30,6 +39,8 @@ def read_file(path: Path, label: str, bad: BadRows, *, text_unit: TextUnit = "fi
         label: how messages name it.
         bad: gets the rows that cannot be read.
         text_unit: what one row of a plain text is.
+        piece_characters: a plain text that is one row, and longer, comes in rows of at least so many characters that
+            end before a line that is not indented, and is not held as a whole. None gives one row.
 
     Raises:
         InputError: the file cannot be read, or too many rows are bad.
@@ -37,7 +48,7 @@ def read_file(path: Path, label: str, bad: BadRows, *, text_unit: TextUnit = "fi
     """
     suffix = path.suffix.lower()
     if suffix in TEXT_SUFFIXES:
-        return _guarded(_text(path, label, text_unit), path)
+        return _guarded(_text(path, label, text_unit, piece_characters), path)
     if suffix not in READERS:
         raise UsageError(
             "no reader for files of this kind",
@@ -188,28 +199,70 @@ def _parquet(path: Path, label: str, bad: BadRows) -> Iterator[Row]:
         raise InputError("is not a Parquet file that pyarrow reads", where=label, found=error) from None
 
 
-def _text(path: Path, label: str, unit: TextUnit) -> Iterator[Row]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        found = f"{error.reason} at byte {error.start}"
-        raise InputError("is not UTF-8 text", where=label, found=found, remedy="convert the file") from None
-    for number, piece in _pieces(text, unit):
+def _text(path: Path, label: str, unit: TextUnit, piece_characters: int | None) -> Iterator[Row]:
+    decoded = _decoded(path, label)
+    if unit == "file":
+        units = _long_pieces(decoded, piece_characters) if piece_characters else iter([(1, "".join(decoded))])
+    else:
+        units = _pieces(_lines(decoded), unit)
+    for number, piece in units:
         if piece.strip():
             yield Row({TEXT: piece}, Place(label, number))
 
 
-def _pieces(text: str, unit: TextUnit) -> Iterator[tuple[int, str]]:
-    """First line and text of each piece; line ends stay inside a piece and go at its end."""
-    if unit == "file":
-        yield 1, text
-        return
-    lines = text.splitlines(keepends=True)
+def _decoded(path: Path, label: str) -> Iterator[str]:
+    """The text in the pieces in which it is read."""
+    decoder, read = codecs.getincrementaldecoder("utf-8-sig")(), 0
+    with path.open("rb") as file:
+        while True:
+            data = file.read(_READ_BYTES)
+            read += len(data)
+            try:
+                yield decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                found = f"{error.reason} at byte {read - len(error.object) + error.start}"
+                raise InputError("is not UTF-8 text", where=label, found=found, remedy="convert the file") from None
+            if not data:
+                return
+
+
+def _long_pieces(decoded: Iterable[str], least: int) -> Iterator[tuple[int, str]]:
+    """First line and text of each piece of at least so many characters, the last one apart."""
+    number, size, limit = 1, 0, least
+    waiting: list[str] = []
+    for more in decoded:
+        waiting.append(more)
+        size += len(more)
+        if size <= limit:
+            continue
+        held = "".join(waiting)
+        while found := _LINE_BEGINS.search(held, max(least, len(held) - len(held.lstrip()))):  # no piece is blank
+            yield number, held[: found.end()]
+            number += held.count("\n", 0, found.end())
+            held = held[found.end() :]
+        waiting, size = [held], len(held)
+        limit = least if size <= least else 2 * size  # no end of a line: not to be searched again with every read
+    yield number, "".join(waiting)
+
+
+def _lines(decoded: Iterable[str]) -> Iterator[str]:
+    """Lines with their ends, as `str.splitlines` finds them in the whole text."""
+    held = ""
+    for more in decoded:
+        if lines := (held + more).splitlines(keepends=True):
+            yield from lines[:-1]
+            held = lines[-1]  # perhaps a carriage return whose line feed is still to be read
+    if held:
+        yield held
+
+
+def _pieces(lines: Iterable[str], unit: TextUnit) -> Iterator[tuple[int, str]]:
+    """First line and text of each line or paragraph; line ends stay inside a piece and go at its end."""
     if unit == "line":
         yield from ((number, line.rstrip("\r\n")) for number, line in enumerate(lines, start=1))
         return
     paragraph: list[str] = []
-    for number, line in enumerate([*lines, ""], start=1):
+    for number, line in enumerate(chain(lines, [""]), start=1):
         if line.strip():
             paragraph.append(line)
         elif paragraph:

@@ -16,8 +16,8 @@ class DataSettings(Params):
     """Where training data comes from, and how rows become sequences.
 
     Args:
-        source: a `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, `.txt` or `.md` file, a folder of such files, a folder
-            that `datasets` saved, or a hub id; several are read one after the other.
+        source: a `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, `.txt` or `.md` file, a folder of such files, a
+            pattern (`texts/**/*.txt`), a folder that `datasets` saved, or a hub id; several are read one after another.
         kind: `text`, `completion`, `chat` or `preference`; None finds it by the names of the columns.
         columns: role (`text`, `prompt`, `completion`, `messages`, `chosen`, `rejected`) to column, for other names.
         text_unit: what one row of a plain text file is.

@@ -40,6 +40,7 @@ def copy_recipe(recipe: Recipe, target: Path, *, force: bool = False) -> list[Pa
 
 def _beside(recipe: Recipe) -> Iterator[Path]:
     """Files in the recipe's folder that its steps read, relative to it."""
+    from regraft.core.file_patterns import matched
     from regraft.core.plan import paths_of
 
     folder = recipe.folder.resolve()
@@ -47,4 +48,5 @@ def _beside(recipe: Recipe) -> Iterator[Path]:
         for _, path in paths_of(step.params):
             if path.resolve().is_relative_to(folder):
                 files = [path] if path.is_file() else [inner for inner in path.rglob("*") if inner.is_file()]
+                files += matched(path).values()
                 yield from (file.resolve().relative_to(folder) for file in files)

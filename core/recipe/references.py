@@ -6,7 +6,7 @@ and a parent reached by `extends` keeps its own data beside itself. Three kinds 
 - a parameter of type `pathlib.Path` (or pydantic's `FilePath`, `DirectoryPath`);
 - a `ModelReference`, such as `[base] model`: a folder or file if it looks like one (`./x`, `../x`, `x.safetensors`,
   `x.gguf`) or is there beside the recipe; otherwise it is handed on as it is: `demo:tiny`, a hub id;
-- a `DataReference`, likewise: a file or folder of data, or a hub id;
+- a `DataReference`, likewise: a file or folder of data, a pattern such as `texts/*.txt`, or a hub id;
 - `[output] path`, the exception: results go where the user stands, so it starts at the current folder.
 
 Values given by `--set` start at the current folder, as any path on a command line. `~` is the home folder.
@@ -23,6 +23,7 @@ from typing import Annotated, Any
 
 from pydantic import WithJsonSchema
 
+from regraft.core.file_patterns import is_pattern
 from regraft.core.recipe.document import Document, exists, leaves
 from regraft.core.recipe.nodes import PATH_FORMATS, Node, Shape, choices
 from regraft.core.recipe.wording import KeyPath, quoted
@@ -32,7 +33,8 @@ ModelReference = Annotated[str, WithJsonSchema({"type": "string", "format": "mod
 means the same from the current folder."""
 
 DataReference = Annotated[str, WithJsonSchema({"type": "string", "format": "data", "minLength": 1})]
-"""A data file, a folder of them, or a name that the `datasets` library knows. Validates as a `ModelReference`."""
+"""A data file, a folder of them, a pattern, or a name that the `datasets` library knows. Validates as a
+`ModelReference`."""
 
 OutputPath = Annotated[Path, WithJsonSchema({"type": "string", "format": "output-path", "minLength": 1})]
 """A place to write to, relative to the current folder."""
@@ -119,15 +121,15 @@ def _reference(kind: str, text: str, folder: Path) -> Reference | None:
         case "output-path":
             return Reference(text, _home(text), Path())
         case "model" | "data":
-            return _named(text, folder, _FILES[kind])
+            return _named(text, folder, _FILES[kind], pattern=kind == "data" and is_pattern(text))
     return Reference(text, _joined(text, folder), folder)
 
 
-def _named(text: str, folder: Path, suffixes: tuple[str, ...]) -> Reference | None:
+def _named(text: str, folder: Path, suffixes: tuple[str, ...], *, pattern: bool) -> Reference | None:
     if _SCHEME.match(text):
         return None
     explicit = text in (".", "..") or text.startswith(("./", "../", "/", "~")) or text.endswith(suffixes)
-    if explicit or exists(folder / text):
+    if explicit or pattern or exists(folder / text):
         usable = _joined(text, folder)
         return Reference(text, usable if folder == Path() else _explicit(usable), folder)
     if exists(Path(text)):

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from regraft.core.checkpoint import Checkpoint
-from regraft.core.data.load import load_data
+from regraft.core.data.load import load_data, prepare
+from regraft.core.data.rows import BadRows
 from regraft.core.errors import Unsupported
 from regraft.core.training.head import Head
 from regraft.core.training.loop import Records, train
@@ -30,6 +31,7 @@ from regraft.core.transformation import Run
 from regraft.plugins.tokenizer_retrofit.alignment import Cutter
 from regraft.plugins.tokenizer_retrofit.bits import ALL, bits_by_name
 from regraft.plugins.tokenizer_retrofit.body import Body
+from regraft.plugins.tokenizer_retrofit.corpus import Corpus
 from regraft.plugins.tokenizer_retrofit.likelihoods import LikelihoodMatching
 from regraft.plugins.tokenizer_retrofit.params import AdaptSettings
 from regraft.plugins.tokenizer_retrofit.spaces import space_tokens
@@ -70,6 +72,7 @@ def adapt(
     tables: Sequence[str],
     rows: Sequence[int],
     settings: AdaptSettings,
+    corpus: Corpus | None,
     held_out: Mapping[str, Sequence[str]],
     run: Run,
     *,
@@ -84,6 +87,7 @@ def adapt(
         tables: names of the embeddings and the head.
         rows: that learn, those of new tokens.
         settings: of the training.
+        corpus: what is learnt where the settings name no data.
         held_out: passages by file, whose bits per byte are measured before and after.
         run: the run.
         guarded: whether what was learnt is given up where those did not fall.
@@ -95,7 +99,9 @@ def adapt(
         InputError: for `alm`, no passage is spelt alike by both vocabularies.
     """
     tokenizer = run.tokenizer(after)
-    taught = taught_steps(before, Cutter(tokenizer, new), old, settings, run) if settings.loss == "alm" else None
+    taught: tuple[Steps, dict[str, Any]] | None = None
+    if settings.loss == "alm":
+        taught = taught_steps(before, Cutter(tokenizer, new), old, settings, _corpus(settings, corpus), run)
     model = run.model(after)
     if check is not None:
         check(model)
@@ -103,7 +109,7 @@ def adapt(
     learns = _tables(after, model, tables, rows)
     body = None if settings.body is None else Body(model, before, settings.body, run.seed_for("body"))
     bits = {"initial": bits_by_name(head, tokenizer, held_out, run.device)} if held_out else {}
-    batches, summary = taught if taught is not None else _text_steps(after, model, tokenizer, settings, run)
+    batches, summary = taught if taught is not None else _text_steps(after, model, tokenizer, settings, corpus, run)
     spaces = space_tokens(new) if taught is not None and settings.append_space else None
     objective: Objective = CrossEntropy(head) if taught is None else LikelihoodMatching(head, spaces)
     options = TrainSettings(
@@ -138,14 +144,28 @@ def adapt(
 
 
 def _text_steps(
-    after: Checkpoint, model: Any, tokenizer: Any, settings: AdaptSettings, run: Run
+    after: Checkpoint, model: Any, tokenizer: Any, settings: AdaptSettings, corpus: Corpus | None, run: Run
 ) -> tuple[Steps, dict[str, Any]]:
     """Packed texts."""
-    assert settings.data is not None
-    window = min(settings.tokens, window_of(after, model))
-    data = settings.data.model_copy(update={"learn": "all", "pack": True, "max_tokens": window, "kind": "text"})
-    dataset = load_data(data, tokenizer, window=window, seed=run.seed_for("adapt"))
-    return batches_of(dataset.examples, settings, run), dataset.summary()
+    window, seed = min(settings.tokens, window_of(after, model)), run.seed_for("adapt")
+    packed = {"learn": "all", "pack": True, "max_tokens": window, "kind": "text"}
+    if settings.data is not None:
+        dataset = load_data(settings.data.model_copy(update=packed), tokenizer, window=window, seed=seed)
+        return batches_of(dataset.examples, settings, run), dataset.summary()
+    texts = _corpus(settings, corpus)
+    data, bad = (
+        texts.data.model_copy(update={**packed, "columns": {}, "max_rows": None}),
+        BadRows(texts.data.max_bad_rows),
+    )
+    dataset = prepare(texts.rows(bad), data, tokenizer, window=window, seed=seed, bad=bad)
+    return batches_of(dataset.examples, settings, run), {**dataset.summary(), "files": texts.summary()}
+
+
+def _corpus(settings: AdaptSettings, corpus: Corpus | None) -> Corpus:
+    """What is learnt, as texts."""
+    own = corpus if settings.data is None else Corpus(settings.data)
+    assert own is not None
+    return own
 
 
 def _tables(after: Checkpoint, model: Any, tables: Sequence[str], rows: Sequence[int]) -> dict[str, Trainable]:

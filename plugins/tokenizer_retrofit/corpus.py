@@ -6,12 +6,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import PurePath
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from regraft.core.data.load import files_of, read_rows
+from regraft.core.data.names import distinct_names
+from regraft.core.data.readers import TEXT
 from regraft.core.data.records import Text, find_columns
-from regraft.core.data.rows import BadRows
+from regraft.core.data.rows import BadRows, Row
 from regraft.core.data.settings import DataSettings
 from regraft.core.errors import InputError
 from regraft.plugins.tokenizer_retrofit.merges import Word
@@ -23,12 +25,14 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _PIECE_CHARACTERS = 1 << 16
+_FILE_CHARACTERS = 1 << 24
+"""Of a plain text that are held at once; a longer one comes as several texts, apart where a line begins."""
 _WORD_START = re.compile(f"(?<=[^{SPACE}])(?={SPACE})")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts, read anew each time they are gone through.
+    """Texts, read anew each time they are gone through, and no further than the budget and `max_rows` of the data go.
 
     Args:
         data: where they are.
@@ -45,26 +49,37 @@ class Corpus:
             InputError: a file is no UTF-8 text, or holds zero bytes; there is no text at all.
             UsageError: the files have no column of text.
         """
-        return (text for _, text in self.named_texts())
+        return (str(row.values[TEXT]) for row in self.rows())
 
     def named_texts(self) -> Iterator[tuple[str, str]]:
         """As `texts`, each with the name of its file."""
+        names = self._names()
+        return ((names[row.place.file], str(row.values[TEXT])) for row in self.rows())
+
+    def rows(self, bad: BadRows | None = None) -> Iterator[Row]:
+        """As `texts`, each as the column `readers.TEXT` of a row.
+
+        Args:
+            bad: gets the rows that cannot be used.
+        """
         left, found = self.budget, False
-        for name, text in self._rows():
+        rows = self._rows(BadRows(self.data.max_bad_rows) if bad is None else bad)
+        for row in islice(rows, self.data.max_rows):
+            text = str(row.values[TEXT])
             data = text if left is None else text.encode()[:left].decode(errors="ignore")
             if data:
                 found = True
-                yield name, data
+                yield Row({TEXT: data}, row.place)
             if left is not None and (left := left - len(data.encode())) <= 0:
                 return
         if not found:
             raise InputError("the corpus has no text", where=", ".join(self.data.sources), remedy="give more data")
 
-    def _rows(self) -> Iterator[tuple[str, str]]:
-        bad = BadRows(self.data.max_bad_rows)
+    def _rows(self, bad: BadRows) -> Iterator[Row]:
+        pieces = None if self.data.max_rows else _FILE_CHARACTERS  # a row that is counted is whole
         for source in self.data.sources:
             columns, file = None, None
-            for row in read_rows(source, self.data, bad):
+            for row in read_rows(source, self.data, bad, piece_characters=pieces):
                 if columns is None or row.place.file != file:
                     columns = find_columns(row.values, where=row.place, kind="text", given=self.data.columns)
                     file = row.place.file
@@ -76,19 +91,28 @@ class Corpus:
                 assert isinstance(record, Text)
                 if "\0" in record.text:
                     raise InputError("is not text: it holds a zero byte", where=row.place, remedy="give plain text")
-                yield PurePath(row.place.file).name, record.text
+                yield Row({TEXT: record.text}, row.place)
+
+    def _names(self) -> dict[str, str]:
+        """Names of the files by their paths, each another; a data set that is no file goes by its last part."""
+        return distinct_names(
+            label for source in self.data.sources for label in (list(map(str, files_of(source))) or [source])
+        )
 
     def by_file(self, nbytes: int, most: int) -> dict[str, str]:
         """The beginnings of the first files, by their names; none for what is no file, such as a hub id."""
         paths = [path for source in self.data.sources for path in files_of(source)][:most]
         one = {path: Corpus(self.data.model_copy(update={"source": str(path)}), nbytes) for path in paths}
-        return {path.name: "\n".join(corpus.texts()) for path, corpus in one.items()}
+        names = self._names()
+        return {names[str(path)]: "\n".join(corpus.texts()) for path, corpus in one.items()}
 
     def summary(self) -> dict[str, Any]:
         """SHA-256 by the name of each file."""
         from regraft.core.checkpoint import FileRef
 
-        return {path.name: FileRef(path=path).sha256() for source in self.data.sources for path in files_of(source)}
+        paths = [path for source in self.data.sources for path in files_of(source)]
+        names = self._names()
+        return {names[str(path)]: FileRef(path=path).sha256() for path in paths}
 
 
 def count_words(

@@ -3,8 +3,10 @@
 Old merges come first when a text is cut, so the new cut is the old one with some neighbours joined; a text without any
 new token keeps its ids, and the model its logits. That holds with `ignore_merges` too, where a word that is a token is
 not merged: nothing was merged across the ends of the parts of a new token, so its text alone was cut into the same
-parts. It is the batch merging of Dynamic Tokenization (arXiv 2411.18553) decided once, on a corpus: every loader knows
-what to do with it, and the model can write the new tokens too.
+parts. WordPiece, which takes the longest token each time, keeps less of that: a text without any new token keeps its
+ids, but beside a new token the rest of a word may be cut otherwise. It is the batch merging of Dynamic Tokenization
+(arXiv 2411.18553) decided once, on a corpus: every loader knows what to do with it, and the model can write the new
+tokens too.
 """
 
 from __future__ import annotations
@@ -83,6 +85,8 @@ def extend(
     notes = [f"{len(merges)} of {size} tokens: no other pair stands {min_count} times in the corpus"]
     if len(merges) == size:
         notes = []
+    if old.kind == "WordPiece":
+        notes.append("WordPiece takes the longest token each time: beside a new token a word may be cut otherwise")
     if repair_bytes:
         notes.append(f"{len(missing)} bytes that the vocabulary lacked")
     figures = {"merges": len(merges), **({"repaired_bytes": len(missing)} if repair_bytes else {})}

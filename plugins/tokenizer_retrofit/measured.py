@@ -23,6 +23,7 @@ from regraft.plugins.tokenizer_retrofit.params import TokenizerRetrofitParams
 from regraft.plugins.tokenizer_retrofit.passages import window_tokens
 from regraft.plugins.tokenizer_retrofit.report import untried
 from regraft.plugins.tokenizer_retrofit.rows import Rows
+from regraft.plugins.tokenizer_retrofit.sources import corpus_of
 from regraft.plugins.tokenizer_retrofit.tables import Tables
 from regraft.plugins.tokenizer_retrofit.texts import Texts, texts_of
 from regraft.plugins.tokenizer_retrofit.tokenizer_file import TokenizerFile
@@ -109,10 +110,9 @@ def measured(
     now = "initial"
     notes, figures, reports = [*patch.notes], {"proof": _tried(was, texts)}, dict[str, FileRef]()
     if params.adapt is not None and fresh:
-        settings = params.adapt.model_copy(update={"data": params.adapt.data or params.corpus})
         names = [name for role, name in tables.by_role().items() if role != "bias"]
-        adapted = adapt(before, after, old, new.tokenizer, names, fresh, settings, texts.passages, run,
-                        guarded=texts.kind == "held-out", check=was.said.check)  # fmt: skip
+        adapted = adapt(before, after, old, new.tokenizer, names, fresh, params.adapt, corpus_of(params),
+                        texts.passages, run, guarded=texts.kind == "held-out", check=was.said.check)  # fmt: skip
         bits |= adapted.bits
         now = "adapted" if adapted.learnt else "initial"
         figures |= adapted.figures

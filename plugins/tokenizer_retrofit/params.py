@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import DirectoryPath, Field, FilePath, model_validator
 
-from regraft.core.data.settings import Data
+from regraft.core.data.settings import Data, DataSettings
 from regraft.core.transformation import Params
 
 Count = Annotated[int, Field(ge=1)]
@@ -23,6 +23,10 @@ _USED = {
     "reserved": ("add-tokens",),
     "keep": ("trim",),
     "repair_bytes": ("extend",),
+    "max_length": ("extend", "replace-train"),
+    "algorithm": ("replace-train",),
+    "special": ("replace-donor",),
+    "add_special": ("add-tokens",),
 }
 _NEEDED = {
     "extend": ("corpus",),
@@ -31,6 +35,27 @@ _NEEDED = {
     "add-tokens": ("add",),
     "trim": ("corpus",),
 }
+_OF_SEQUENCES = ("learn", "end", "max_tokens", "min_tokens", "too_long", "pack", "restart_positions")
+"""Keys of data that say how texts become sequences."""
+
+
+def check_texts(key: str, data: DataSettings | None) -> None:
+    """Whether data that are read as texts alone are given as such; of `max_rows` the first are read.
+
+    Args:
+        key: of the parameter.
+        data: its value.
+
+    Raises:
+        ValueError: the rows are to be something else, or a key that a text has no use for is not at its default.
+    """
+    if data is None:
+        return
+    if data.kind not in (None, "text"):
+        raise ValueError(f'{key} is text: leave kind out, or set kind = "text"')
+    strays = [name for name in _OF_SEQUENCES if getattr(data, name) != DataSettings.model_fields[name].default]
+    if strays:
+        raise ValueError(f"{key} is read as texts, which {strays[0]} has no effect on: leave it out")
 
 
 class WordVectors(Params):
@@ -80,7 +105,7 @@ class AdaptSettings(Params):
     """Training of the new rows, and of the body where it is asked for.
 
     Args:
-        data: texts; None takes the corpus.
+        data: texts; None takes the corpus, as far as `corpus_bytes` goes.
         loss: `clm`, cross-entropy of the texts' tokens; `alm`, the likelihoods that the model gave before the step,
             with its old tokenizer, to the same stretches of text.
         append_space: of `alm`: a stretch counts together with a space, or the like, behind it.
@@ -114,6 +139,8 @@ class AdaptSettings(Params):
         strays = [key for key, default in own.items() if getattr(self, key) != default]
         if self.loss != "alm" and strays:
             raise ValueError(f'{strays[0]} is not for loss = "{self.loss}": leave it out')
+        if self.loss == "alm":
+            check_texts("data", self.data)
         return self
 
 
@@ -199,7 +226,8 @@ class TokenizerRetrofitParams(Params):
 
     @model_validator(mode="after")
     def _keys_fit(self) -> Self:
-        given = {key for key in _USED if getattr(self, key) not in (None, (), False)}
+        fields = type(self).model_fields
+        given = {key for key in _USED if getattr(self, key) != fields[key].default}
         used = {key for key, kinds in _USED.items() if self.vocabulary in kinds}
         if strays := sorted(given - used):
             raise ValueError(f'{strays[0]} is not for vocabulary = "{self.vocabulary}": leave it out')
@@ -211,6 +239,12 @@ class TokenizerRetrofitParams(Params):
                 'boundary = "none" is for vocabulary = "replace-train" with algorithm = "bpe": it needs another '
                 "pre-tokenizer, by which the old tokens would cut old texts otherwise"
             )
+        if self.vocabulary == "replace-train" and self.boundary != "none" and "max_length" in given:
+            raise ValueError('max_length is for vocabulary = "extend" or boundary = "none": leave it out')
+        if self.algorithm == "unigram" and "min_count" in given:
+            raise ValueError('min_count is not for algorithm = "unigram": leave it out')
+        if self.init != "omp" and self.atoms != fields["atoms"].default:
+            raise ValueError(f'atoms is not for init = "{self.init}": leave it out')
         if (self.init == "wechsel") != (self.vectors is not None):
             raise ValueError('init = "wechsel" and vectors go together')
         if (self.init == "hypernet") != (self.hypernet is not None):
@@ -223,8 +257,8 @@ class TokenizerRetrofitParams(Params):
             raise ValueError("adapt needs data, since there is no corpus")
         if self.proof == "files" and self.needs_model:
             raise ValueError(f'{self.needs_model[0]} needs the model: leave it or proof = "files" out')
-        if self.corpus is not None and self.corpus.kind not in (None, "text"):
-            raise ValueError('a corpus is text: leave kind out, or set kind = "text"')
+        check_texts("corpus", self.corpus)
+        check_texts("held_out", self.held_out)
         return self
 
     @property

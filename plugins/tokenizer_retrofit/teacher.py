@@ -28,7 +28,7 @@ _SPARE = 2
 
 
 def taught_steps(
-    before: Checkpoint, learner: Cutter, old: TokenizerFile, settings: AdaptSettings, run: Run
+    before: Checkpoint, learner: Cutter, old: TokenizerFile, settings: AdaptSettings, corpus: Corpus, run: Run
 ) -> tuple[ChunkSteps, dict[str, Any]]:
     """The steps with what the old model says of their chunks; its weights are gone afterwards.
 
@@ -37,6 +37,7 @@ def taught_steps(
         learner: the new tokenizer.
         old: see `before`.
         settings: of the training.
+        corpus: what is learnt.
         run: the run.
 
     Returns:
@@ -45,10 +46,9 @@ def taught_steps(
     Raises:
         InputError: no passage is spelt alike by both vocabularies, or there are fewer than a batch takes.
     """
-    assert settings.data is not None
     model = run.model(before)
     window = window_of(before, model)
-    corpus, tokens = Corpus(settings.data), min(settings.tokens, window)
+    tokens = min(settings.tokens, window)
     most = None if settings.steps is None else settings.steps * settings.batch_size
     sample = drawn(cut(corpus.texts(), tokens), most, run.seed_for("passages"))
     aligned = aligned_texts(sample, Cutter(run.tokenizer(before), old), learner, tokens=tokens, window=window)

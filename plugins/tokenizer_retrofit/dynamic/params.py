@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from regraft.core.data.settings import Data
 from regraft.core.transformation import Params
-from regraft.plugins.tokenizer_retrofit.params import HypernetSettings
+from regraft.plugins.tokenizer_retrofit.params import HypernetSettings, check_texts
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -64,6 +64,5 @@ class DynamicTokenizationParams(Params):
             raise ValueError('table_size and table_rows are for composer = "table": leave them out')
         if (self.composer == "hypernet") != (self.hypernet is not None):
             raise ValueError('composer = "hypernet" and hypernet go together')
-        if self.corpus is not None and self.corpus.kind not in (None, "text"):
-            raise ValueError('a corpus is text: leave kind out, or set kind = "text"')
+        check_texts("corpus", self.corpus)
         return self

@@ -8,7 +8,7 @@ from pydantic import Field, FilePath, model_validator
 
 from regraft.core.data.settings import Data
 from regraft.core.transformation import Params
-from regraft.plugins.tokenizer_retrofit.params import HypernetSettings
+from regraft.plugins.tokenizer_retrofit.params import HypernetSettings, check_texts
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -60,6 +60,5 @@ class LargeVocabularyParams(Params):
             raise ValueError("give probes or recall, and not both")
         if self.probes is not None and self.lists is not None and self.probes > self.lists:
             raise ValueError("there are more probes than lists")
-        if self.corpus is not None and self.corpus.kind not in (None, "text"):
-            raise ValueError('a corpus is text: leave kind out, or set kind = "text"')
+        check_texts("corpus", self.corpus)
         return self

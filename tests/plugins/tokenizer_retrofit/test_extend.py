@@ -51,7 +51,7 @@ def split(new, found):
 WORDS = [*toys.DUTCH.split(" ")[:60], *toys.ENGLISH.split(" ")[:30], "\n", "12", "猫", "é"]
 
 
-@pytest.mark.parametrize("kind", ["byte-bpe", "piece-bpe"])
+@pytest.mark.parametrize("kind", ["byte-bpe", "piece-bpe", "unigram"])
 def test_taken_apart_the_new_tokens_of_any_text_are_the_old_ones(extended, kind):
     old, new = extended(kind)
     before, after = old.backend(), new.tokenizer.backend()
@@ -69,6 +69,18 @@ def test_taken_apart_the_new_tokens_of_any_text_are_the_old_ones(extended, kind)
 
     holds()
     assert len(ids(after, toys.DUTCH)) < 0.7 * len(ids(before, toys.DUTCH))
+
+
+def test_wordpiece_keeps_the_ids_of_texts_without_new_tokens_and_says_that_it_may_cut_others_otherwise(extended):
+    old, new = extended("wordpiece")
+    before, after = old.backend(), new.tokenizer.backend()
+    assert any("may be cut otherwise" in note for note in new.notes)
+    words = sorted({word.strip(".,;:'") for word in (toys.DUTCH + toys.ENGLISH).split()})
+    texts = [one[:2] + other[1:] for one in words for other in words]
+    fresh = {text for text in texts if any(new.origins[index].kept is None for index in ids(after, text))}
+    assert all(ids(after, text) == ids(before, text) for text in {*texts} - fresh)
+    assert any(split(new, ids(after, text)) != ids(before, text) for text in fresh)
+    assert all(not any("otherwise" in note for note in extended(kind)[1].notes) for kind in ("byte-bpe", "unigram"))
 
 
 LETTERS = "abc"

@@ -16,6 +16,7 @@ from regraft.core.sources.open import open_checkpoint
 from regraft.core.training.head import Head
 from regraft.core.transformation import Run
 from regraft.plugins.tokenizer_retrofit.alignment import NO_CHUNK, Cutter, align, aligned_texts, cut
+from regraft.plugins.tokenizer_retrofit.corpus import Corpus
 from regraft.plugins.tokenizer_retrofit.likelihoods import LikelihoodMatching, matching_loss
 from regraft.plugins.tokenizer_retrofit.params import AdaptSettings
 from regraft.plugins.tokenizer_retrofit.spaces import label_and_space_log_probs, space_tokens
@@ -113,7 +114,7 @@ def test_the_teacher_gives_each_chunk_the_product_of_its_tokens(tmp_path, corpus
     given_ = AdaptSettings(data=toys.params(corpus).corpus, loss="alm", tokens=40, steps=3, precision="float32",
                            append_space=append_space, join_below=join_below)  # fmt: skip
     run = Run("x")
-    steps, summary = taught_steps(before, cutter(after), TokenizerFile.of(before), given_, run)
+    steps, summary = taught_steps(before, cutter(after), TokenizerFile.of(before), given_, Corpus(given_.data), run)
     assert summary["left_out"] == 0
     assert summary["passages"] == len(steps) == 3
     assert summary["chunks"] == sum(text.count for text in steps.texts)
@@ -146,7 +147,7 @@ def test_the_same_model_and_tokenizer_are_the_least_that_the_loss_can_be(tmp_pat
     given_ = AdaptSettings(data=toys.params(corpus).corpus, loss="alm", tokens=40, steps=2, batch_size=3,
                            precision="float32", append_space=append_space, join_below=0.2)  # fmt: skip
     run, file = Run("x"), TokenizerFile.of(checkpoint)
-    steps, _ = taught_steps(checkpoint, cutter(checkpoint), file, given_, run)
+    steps, _ = taught_steps(checkpoint, cutter(checkpoint), file, given_, Corpus(given_.data), run)
     model = run.model(checkpoint)
     loss_of = LikelihoodMatching(Head.of(model, fused=fused), space_tokens(file) if append_space else None)
     table = model.get_input_embeddings().weight.requires_grad_()
@@ -248,4 +249,4 @@ def test_texts_that_the_vocabularies_spell_otherwise_are_left_out(tmp_path):
     before, lower = open_checkpoint(folder), open_checkpoint(other)
     given_ = AdaptSettings(data=toys.params(text).corpus, loss="alm", tokens=40)
     with pytest.raises(InputError, match="no passage with the same bytes"):
-        taught_steps(before, cutter(lower), TokenizerFile.of(before), given_, Run("x"))
+        taught_steps(before, cutter(lower), TokenizerFile.of(before), given_, Corpus(given_.data), Run("x"))
