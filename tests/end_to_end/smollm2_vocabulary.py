@@ -204,7 +204,8 @@ def check_dynamic(root: Path, base: Path, texts: dict[str, tuple[str, str]]) -> 
     halves = []
     for _, text in texts.values():
         passage = text[: HELD_OUT // 2]
-        halves.append((passage[: len(passage) * 2 // 3], passage[len(passage) * 2 // 3 :]))
+        place = passage.rindex(" ", 0, len(passage) * 2 // 3)  # in front of a blank, where a token ends
+        halves.append((passage[:place], passage[place:]))
     first = 0
     for merges in (0, 1, 2, 5, 10, 20, 40, 1000):
         dynamic = runtime.DynamicTokenization(model, merges=merges)

@@ -84,13 +84,13 @@ def appended(old: TokenizerFile, rows: int, params: LargeVocabularyParams, run: 
 
 
 def listed(old: TokenizerFile, file: Path) -> Appended:
-    """The tokens of a text file, one a line.
+    """The tokens of a text file, one a line; a byte order mark in front is none of them.
 
     Raises:
         InputError: it is no UTF-8 text, or has no new token.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise InputError("is no UTF-8 text", where=file, found=error.reason, remedy="give one token a line") from None
     speller = Speller(old)

@@ -131,9 +131,12 @@ class _Searched:
 
     @property
     def never(self) -> list[int]:
-        """Ids that are never written: rows without a token, and those that generation_config suppresses."""
-        suppressed = self.checkpoint.generation_config.get("suppress_tokens") or ()
-        return sorted({*(index for index in range(self.tables.rows) if index not in self.old.tokens), *suppressed})
+        """Ids that are never written: rows without a token, and those that generation_config suppresses.
+
+        transformers passes over suppressed ids that have no row, and so does this: -1 is not the last row.
+        """
+        suppressed = set(self.checkpoint.generation_config.get("suppress_tokens") or ())
+        return [index for index in range(self.tables.rows) if index not in self.old.tokens or index in suppressed]
 
     @property
     def always(self) -> list[int]:
@@ -141,7 +144,7 @@ class _Searched:
         special = {token.id for token in self.old.added if token.special}
         for config in (self.checkpoint.config, self.checkpoint.generation_config):
             special |= set(token_ids_of({key: config[key] for key in _ENDS if config.get(key) is not None}))
-        return sorted(index for index in special - set(self.never) if index < self.tables.rows)
+        return sorted(index for index in special - set(self.never) if 0 <= index < self.tables.rows)
 
     @property
     def total(self) -> int:

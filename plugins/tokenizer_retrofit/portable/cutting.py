@@ -68,10 +68,19 @@ class Merger:
         return bool(self.spelling.ids(data))
 
     def cut(self, texts: Texts, *, special: bool = True, max_length: int | None = None) -> list[list[Token]]:
-        """The tokenizer's own tokens of texts, or of texts that are cut into words."""
+        """The tokenizer's own tokens of texts, or of texts that are cut into words.
+
+        Raises:
+            ValueError: one string is given in place of a list, or both texts and words are; there is no room for text.
+        """
+        if isinstance(texts, str) or len({isinstance(text, str) for text in texts}) > 1:
+            raise ValueError("give a list of texts, or a list of texts that are all cut into words")
         if max_length is None:
             self.tokenizer.no_truncation()
         else:
+            least = max(1, self.tokenizer.num_special_tokens_to_add(False) if special else 1)
+            if max_length < least:  # the tokenizer would cut nothing off
+                raise ValueError(f"max_length is {max_length}, and {least} at the least")
             self.tokenizer.enable_truncation(max_length)
         given = [text if isinstance(text, str) else list(text) for text in texts]
         worded = bool(given) and not isinstance(given[0], str)

@@ -16,6 +16,7 @@ This file stands beside policy.json in a checkpoint and needs torch, tokenizers 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -40,8 +41,9 @@ class Batch:
         tokens: of each text, without padding.
         inputs_embeds: [texts, length, d].
         attention_mask: [texts, length].
-        position_ids: [texts, length]; for decoders whose texts differ in length.
+        position_ids: [texts, length], as the model counts places; 0 or more for padding.
         labels: [texts, length] where labels were given.
+        positioned: whether the model takes position_ids.
     """
 
     tokens: list[list[Token]]
@@ -49,10 +51,13 @@ class Batch:
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
     labels: torch.Tensor | None = None
+    positioned: bool = False
 
     def inputs(self) -> dict[str, torch.Tensor]:
-        """The arguments of a model that finds positions itself."""
+        """The arguments of a model; places are among them where padding stands in front, which a model would count."""
         found = {"inputs_embeds": self.inputs_embeds, "attention_mask": self.attention_mask}
+        if self.positioned and not bool(self.attention_mask[:, :1].all()):
+            found["position_ids"] = self.position_ids
         return found if self.labels is None else {**found, "labels": self.labels}
 
     @property
@@ -98,6 +103,7 @@ class DynamicTokenization:
         self.merger = Merger(opened.tokenizer, policy)
         source = open_source(policy, opened.folder / "composer.safetensors", self.model)
         self.composer = Composer(self.model.get_input_embeddings(), self.merger.spelling, source, self.cache_rows)
+        self.positioned, self.first_place = _places(self.model)
         self.scope = self.scope or policy["scope"]
         if self.scope not in ("batch", "example"):
             raise ValueError(f"scope is batch or example, not {self.scope!r}")
@@ -127,7 +133,8 @@ class DynamicTokenization:
             max_length: the tokenizer's tokens of a text, before merging; the rest is cut off.
 
         Raises:
-            ValueError: there are more or fewer labels.
+            ValueError: there are more or fewer labels; `texts` is one string, or mixes texts and words; `max_length`
+                leaves no room for text.
         """
         cut = self.merger.cut(texts, special=add_special_tokens, max_length=max_length)
         assert self.merges is not None
@@ -164,36 +171,55 @@ class DynamicTokenization:
             rows = self.composer.rows(data for _, _, data in merged)
             places = [torch.tensor(axis, device=weight.device) for axis in zip(*(m[:2] for m in merged), strict=True)]
             embeds[places[0], places[1]] = torch.stack([rows[data] for _, _, data in merged]).to(embeds.dtype)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        return Batch(tokens, embeds, mask, positions, None if marks is None else labels)
+        positions = (mask.cumsum(1) - 1).clamp(min=0) + self.first_place
+        return Batch(tokens, embeds, mask, positions, None if marks is None else labels, self.positioned)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], *, add_special_tokens: bool = True, **options: Any) -> torch.Tensor:
         """Ids of answers to merged prompts, in the tokenizer's own tokens; `options` are those of `model.generate`.
 
         Raises:
-            ValueError: the policy pads on the right, as for encoders.
+            ValueError: the policy pads on the right, as for encoders; there is no prompt, or one without a token.
         """
         if self.merger.policy["padding"] != "left":
             raise ValueError("the policy is for encoders: they do not generate")
         batch = self.encode_batch(prompts, add_special_tokens=add_special_tokens)
-        found: torch.Tensor = self.model.generate(**batch.inputs(), **options)
+        if not batch.tokens or not all(batch.tokens):
+            raise ValueError("there is no prompt, or one that has no token")
+        # generate finds places by itself, and moves them on from token to token.
+        embeds, mask = batch.inputs_embeds, batch.attention_mask
+        found: torch.Tensor = self.model.generate(inputs_embeds=embeds, attention_mask=mask, **options)
         return found
 
     @torch.no_grad()
     def score(self, prompt: str, continuation: str) -> tuple[float, int]:
         """Bits of a continuation in the tokenizer's own tokens behind a merged prompt, and its bytes.
 
+        The text is cut whole, since some tokenizers cut the beginning of a text in another way than its inside; tokens
+        that the tokenizer puts behind texts are left out.
+
         Raises:
-            ValueError: the prompt has no token.
+            ValueError: the policy is for encoders; the prompt has no token; the prompt ends inside a token of the text.
         """
-        before = self.encode_batch([prompt])
-        if not before.tokens[0]:
+        if self.merger.policy["padding"] != "left":
+            raise ValueError("the policy is for encoders: they do not say what comes next")
+        before, whole = self.merger.cut([prompt, prompt + continuation])
+        behind = _behind(whole)
+        before, whole = before[: len(before) - behind], whole[: len(whole) - behind]
+        own = [index for token in whole[len(before) :] for index in token.ids]
+        if not before:
             raise ValueError("the prompt has no token that a continuation could stand behind")
-        own = self.merger.tokenizer.encode(continuation, add_special_tokens=False).ids
-        ids = torch.tensor([own], dtype=torch.long, device=before.inputs_embeds.device)
-        embeds = torch.cat([before.inputs_embeds, self.composer.embeddings(ids)], dim=1)
-        logits = self.model(inputs_embeds=embeds).logits[0, before.inputs_embeds.shape[1] - 1 : -1].float()
+        if [token.ids for token in before] != [token.ids for token in whole[: len(before)]]:
+            raise ValueError(
+                f"the tokenizer cuts the end of the prompt, {prompt[-20:]!r}, in another way with the continuation, "
+                f"{continuation[:20]!r}, behind it: end the prompt where a token ends, as in front of a blank"
+            )
+        assert self.merges is not None
+        assert self.scope is not None
+        read = self._padded(self.merger.merged([before], self.merges, self.scope), None).inputs_embeds
+        ids = torch.tensor([own], dtype=torch.long, device=read.device)
+        embeds = torch.cat([read, self.composer.embeddings(ids)], dim=1)
+        logits = self.model(inputs_embeds=embeds).logits[0, read.shape[1] - 1 : -1].float()
         nats = torch.nn.functional.cross_entropy(logits, ids[0], reduction="sum").item()
         return nats / math.log(2), len(continuation.encode())
 
@@ -219,3 +245,18 @@ def _labels(text: Sequence[Token], own: Sequence[int], worded: bool, every: bool
             labelled = token.word is not None and (every or token.word != before)
             yield own[token.word] if labelled and token.word is not None else IGNORED
         before = token.word
+
+
+def _behind(text: Sequence[Token]) -> int:
+    """How many tokens the tokenizer puts behind a text; none can be told from those in front where it is empty."""
+    placed = (n for n, token in enumerate(reversed(text)) if token.data or token.word is not None)
+    return next(placed, 0)
+
+
+def _places(model: Any) -> tuple[bool, int]:
+    """Whether a model takes position_ids, and its number of the first place: some leave the first ones to padding."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    taken = hasattr(inner, "forward") and "position_ids" in inspect.signature(inner.forward).parameters
+    named = inner.named_modules() if isinstance(inner, torch.nn.Module) else ()
+    paddings = (getattr(part, "padding_idx", None) for name, part in named if name.endswith("position_embeddings"))
+    return taken, next((padding + 1 for padding in paddings if padding is not None), 0)

@@ -102,7 +102,8 @@ class LargeVocabulary:
         candidates: rows whose logits are computed exactly; None takes the policy's.
 
     Raises:
-        ValueError: the policy is not for this tokenizer or model, a file is missing, or faiss is.
+        ValueError: the policy is not for this tokenizer or model, a file is missing, or faiss is; probes or candidates
+            are fewer than one.
     """
 
     model: Any
@@ -137,10 +138,13 @@ class LargeVocabulary:
         known = torch.ones(total, dtype=torch.bool)
         known[self.policy["never"]] = False
         probes = self.policy["probes"] if self.probes is None else self.probes
+        count = self.policy["candidates"] if self.candidates is None else self.candidates
+        if min(probes, count) < 1:
+            raise ValueError(f"a search of {probes} lists for {count} candidates finds nothing")
         index = None if self.exact else Index(opened.folder / "index.faiss", probes)
         self.head = CandidateHead(
             head, head_bias(self.model, rows), torch.tensor(self.policy["always"], dtype=torch.long, device=device),
-            index, known.nonzero().flatten().to(device), self.candidates or self.policy["candidates"],
+            index, known.nonzero().flatten().to(device), count,
         )  # fmt: skip
         self.arguments = inspect.signature(self.model.forward).parameters
 
@@ -155,7 +159,9 @@ class LargeVocabulary:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[list[int], list[bytes]]:
         """Ids and bytes of a text's tokens. Taken apart, they are the tokenizer's own."""
-        cut = self.merger.cut([text], special=add_special_tokens)[0]
+        return self._joined(self.merger.cut([text], special=add_special_tokens)[0])
+
+    def _joined(self, cut: Sequence[Token]) -> tuple[list[int], list[bytes]]:
         pairs = [pair for part in parts_of(cut) for pair in self.lexicon.joined(part)]
         return [index for index, _ in pairs], [data for _, data in pairs]
 
@@ -172,8 +178,12 @@ class LargeVocabulary:
         return rows if scale is None else rows * (scale.to(rows.dtype) if isinstance(scale, torch.Tensor) else scale)
 
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> Prompts:
-        """Texts as embeddings of the tokens of the large vocabulary."""
-        cut = [self.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+        """Texts as embeddings of the tokens of the large vocabulary.
+
+        Raises:
+            ValueError: one string is given in place of a list.
+        """
+        cut = [self._joined(text) for text in self.merger.cut(texts, special=add_special_tokens)]
         length = max((len(ids) for ids, _ in cut), default=0)
         ids = torch.full((len(cut), length), self.policy["pad_token_id"])
         mask = torch.zeros_like(ids)
@@ -204,7 +214,7 @@ class LargeVocabulary:
         temperature: float = 0.0,
         min_p: float = 0.0,
         generator: torch.Generator | None = None,
-        eos_token_id: Sequence[int] | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
         add_special_tokens: bool = True,
     ) -> list[list[int]]:
         """Ids of answers; the end of the text is not among them.
@@ -219,12 +229,15 @@ class LargeVocabulary:
             add_special_tokens: put the tokenizer's tokens around prompts.
 
         Raises:
-            ValueError: a prompt has no token, or an id that ends an answer is among the ones never written.
+            ValueError: there is no prompt, or one without a token; an id that ends an answer is among the ones never
+                written; min_p is no share.
         """
         batch = self.encode_batch(prompts, add_special_tokens=add_special_tokens)
-        if not all(batch.ids):
-            raise ValueError("a prompt has no token")
-        ends = set(self._ends() if eos_token_id is None else eos_token_id)
+        if not batch.ids or not all(batch.ids):
+            raise ValueError("there is no prompt, or one that has no token")
+        if not 0 <= min_p <= 1:
+            raise ValueError(f"min_p is a share, 0 to 1, and not {min_p}")
+        ends = self._ends(eos_token_id)
         if stray := ends - set(self.policy["always"]):
             raise ValueError(
                 f"{sorted(stray)} cannot end answers: the policy's special ids are {self.policy['always']}"
@@ -253,9 +266,9 @@ class LargeVocabulary:
                 positions = positions[:, -1:] + 1
         return answers
 
-    def _ends(self) -> list[int]:
-        found = getattr(self.model.generation_config, "eos_token_id", None)
-        return [] if found is None else [found] if isinstance(found, int) else list(found)
+    def _ends(self, given: int | Sequence[int] | None) -> set[int]:
+        found = getattr(self.model.generation_config, "eos_token_id", None) if given is None else given
+        return set() if found is None else {found} if isinstance(found, int) else set(found)
 
 
 def _picked(logits: torch.Tensor, temperature: float, min_p: float, generator: torch.Generator | None) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """`dynamic-tokenization`: a checkpoint that is what it was, and a runtime in it that feeds the model merged tokens."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -75,15 +76,103 @@ def test_without_merges_the_model_reads_the_embedding_lookup_and_answers_as_ever
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     answers = model.generate(native["input_ids"], attention_mask=native["attention_mask"], **options)
     assert torch.equal(dynamic.generate(PROMPTS, **options), answers[:, native["input_ids"].shape[1] :])
-    prompt, continuation = PROMPTS[1], " with the makers"
-    ids = tokenizer(prompt)["input_ids"]
-    behind = tokenizer(continuation, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "template"), [("byte-bpe", "<s> $A"), ("piece-bpe", "<s> $A </s>"), ("unigram", "$A </s>")]
+)
+def test_a_score_without_merges_is_that_of_the_text_cut_whole(folder, kind, template):
+    from tokenizers import Tokenizer
+
+    base = with_template(toys.save("llama", folder / f"{kind}-base", kind), template)
+    made = applied(folder, base, kind, merges=0)
+    model, tokenizer = language_model(made), Tokenizer.from_file(str(made / "tokenizer.json"))
+    module = runtime(made)
+    dynamic = module.DynamicTokenization(model)
+    first = [1] * template.startswith("<s>")
+    for prompt, continuation in [(PROMPTS[1], " with the makers"), ("All", " things</s> were"), ("It", "")]:
+        ids = [*first, *tokenizer.encode(prompt + continuation, add_special_tokens=False).ids]
+        start = len(first) + len(tokenizer.encode(prompt, add_special_tokens=False).ids)
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        wanted = -sum(float(logits[n - 1, ids[n]]) for n in range(start, len(ids))) / math.log(2)
+        bits, size = dynamic.score(prompt, continuation)
+        assert bits == pytest.approx(wanted, rel=1e-5, abs=1e-9)
+        assert size == len(continuation)
+        assert module.DynamicTokenization(model, merges=1000).score(prompt, continuation)[1] == size
+    text = "All things were made by them"
+    pieces = tokenizer.encode(text, add_special_tokens=False)
+    start, end = next((start, end) for start, end in pieces.offsets if start and end - start > 2)
+    with pytest.raises(ValueError, match="the tokenizer cuts the end of the prompt, 'All"):
+        dynamic.score(text[: end - 1], text[end - 1 :])
+    if first:
+        assert dynamic.score("", "In the")[0] > 0
+    else:
+        with pytest.raises(ValueError, match="no token"):
+            dynamic.score("", "In the")
+
+
+def with_template(folder, template):
+    """The tokenizer puts other tokens around texts."""
+    from tokenizers import Tokenizer, processors
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    specials = [("<s>", 1), ("</s>", 2)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=specials)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "roberta"])
+def test_padding_in_front_moves_no_place(folder, family):
+    made = applied(folder, saved(folder, family), f"{family}-made", merges=3, scope="example")
+    model = language_model(made)
+    dynamic = runtime(made).DynamicTokenization(model)
+    texts = [*PROMPTS, "It"]
+    inputs = dynamic.encode_batch(texts).inputs()
+    assert inputs["attention_mask"][:, 0].tolist() == [1, 0, 0]
     with torch.no_grad():
-        logits = model(torch.tensor([[*ids, *behind]])).logits[0, len(ids) - 1 : -1]
-    bits, size = dynamic.score(prompt, continuation)
-    wanted = -logits.log_softmax(-1)[range(len(behind)), behind].sum() / torch.tensor(2.0).log()
-    assert bits == pytest.approx(float(wanted), rel=1e-5)
-    assert size == len(continuation)
+        together = model(**inputs).logits[:, -1]
+        for text, logits in zip(texts, together, strict=True):
+            alone = dynamic.encode_batch([text])
+            assert torch.allclose(model(**alone.inputs()).logits[0, -1], logits, atol=1e-5)
+            assert "position_ids" not in alone.inputs()
+    dynamic.positioned = False
+    assert "position_ids" not in dynamic.encode_batch(texts).inputs()
+
+
+def saved(folder, family):
+    """A tiny decoder; RoBERTa's count their places from behind that of padding."""
+    from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForCausalLM
+
+    if family != "roberta":
+        return toys.save(family, folder / f"{family}-placed")
+    config = RobertaConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2, is_decoder=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = RobertaForCausalLM(config)
+    torch.nn.init.normal_(model.roberta.embeddings.position_embeddings.weight)
+    model.save_pretrained(folder / "roberta-placed")
+    PreTrainedTokenizerFast(tokenizer_object=toys.backend("byte-bpe"), pad_token="<pad>").save_pretrained(
+        folder / "roberta-placed"
+    )
+    return folder / "roberta-placed"
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True}])
+def test_a_model_of_learnt_places_answers_padded_prompts_as_ever(folder, options):
+    from transformers import AutoTokenizer, set_seed
+
+    made = folder / "gpt2-made"
+    model = language_model(made)
+    native = AutoTokenizer.from_pretrained(made, padding_side="left")(PROMPTS, return_tensors="pt", padding=True)
+    options = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0, **options}
+    set_seed(1)
+    wanted = model.generate(**native, **options)[:, native["input_ids"].shape[1] :]
+    set_seed(1)
+    assert torch.equal(runtime(made).DynamicTokenization(model, merges=0).generate(PROMPTS, **options), wanted)
 
 
 def test_merged_prompts_are_shorter_and_padding_changes_no_answer(decoder):
@@ -191,6 +280,22 @@ def test_an_encoder_pads_right_and_labels_follow_the_left_part(encoder):
         few.encode_batch(words, labels=[[0], [1]])
     with pytest.raises(ValueError, match="encoders"):
         dynamic.generate(PROMPTS)
+
+
+def test_texts_that_cannot_be_read_are_refused(decoder):
+    dynamic = runtime(decoder).DynamicTokenization(language_model(decoder))
+    assert dynamic.encode_batch([]).inputs_embeds.shape == (0, 0, 64)
+    assert dynamic.encode_batch([[], ["a", "b"]]).token_bytes == [[b""], [b"", b"a", b"b"]]
+    for texts in (PROMPTS[0], [PROMPTS[0], ["two", "words"]]):
+        with pytest.raises(ValueError, match="give a list of texts"):
+            dynamic.encode_batch(texts)
+    for prompts in ([], ["", "It"]):
+        with pytest.raises(ValueError, match="no token"):
+            dynamic.generate(prompts, add_special_tokens=False, max_new_tokens=1)
+    assert len(dynamic.encode_batch(PROMPTS[:1], max_length=2).tokens[0]) == 2
+    with pytest.raises(ValueError, match="max_length is 0, and 1 at the least"):
+        dynamic.encode_batch(PROMPTS, max_length=0)
+    assert dynamic.encode_batch(["</s></s>It"]).token_bytes[0][:3] == [b"", b"</s>", b"</s>"]
 
 
 def test_the_runtime_works_in_a_process_without_regraft(decoder):

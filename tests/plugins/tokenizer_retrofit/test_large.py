@@ -161,6 +161,22 @@ def test_the_end_of_a_text_is_reached_wherever_the_index_looks(made, model, runt
             head.copy_(before)
 
 
+def test_what_a_search_or_an_answer_cannot_begin_with_is_refused(made, model, runtime):
+    for given in ({"probes": 0}, {"candidates": 0}):
+        with pytest.raises(ValueError, match="finds nothing"):
+            runtime.LargeVocabulary(model, **given)
+    large = runtime.LargeVocabulary(model)
+    with pytest.raises(ValueError, match="no prompt"):
+        large.generate([])
+    with pytest.raises(ValueError, match="give a list of texts"):
+        large.generate(PROMPTS[0])
+    with pytest.raises(ValueError, match="min_p is a share"):
+        large.generate(PROMPTS[:1], temperature=1.0, min_p=2.0)
+    assert large.generate(PROMPTS[:1], max_new_tokens=2, eos_token_id=2) == large.generate(
+        PROMPTS[:1], max_new_tokens=2, eos_token_id=[2]
+    )
+
+
 def test_draws_come_from_the_candidates_and_follow_the_generator(made, model, runtime):
     large = runtime.LargeVocabulary(model)
     drawn = [

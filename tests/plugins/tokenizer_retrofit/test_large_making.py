@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load
 
 from regraft.core.errors import InputError, Unsupported, UsageError
 from regraft.core.sources.open import open_checkpoint
@@ -60,6 +61,27 @@ def test_the_same_step_gives_the_same_bytes(base, folder, tmp_path, storage):
     checkpoint = open_checkpoint(base)
     outline = Step().plan(checkpoint, LargeVocabularyParams.model_validate(given))
     assert outline.deviations(made[0]) == []
+
+
+def test_suppressed_ids_without_a_row_switch_no_row_off(base, tmp_path):
+    """transformers compares ids with those of the rows, so -1 and 5000 suppress nothing."""
+    import json
+    import shutil
+
+    copy = shutil.copytree(base, tmp_path / "copy")
+    made = json.loads((copy / "generation_config.json").read_text()) | {"suppress_tokens": [-1, 7, 5000]}
+    (copy / "generation_config.json").write_text(json.dumps(made | {"eos_token_id": [2, -1]}))
+    (tmp_path / "bom.txt").write_bytes("\ufeffverzekering\r\n gezelligheid\r\n".encode())
+    given = LargeVocabularyParams.model_validate({"tokens": str(tmp_path / "bom.txt"), "probes": 2, "lists": 4})
+    step, checkpoint = Step(), open_checkpoint(copy)
+    patch = step.apply(checkpoint, given, Run("x", cache=tmp_path))
+    policy = json.loads(patch.files["large_vocabulary/policy.json"].read())
+    without = sorted(set(range(330)) - set(toys.backend("byte-bpe").get_vocab().values()))
+    assert policy["never"] == [7, *without]
+    assert policy["always"] == [0, 1, 2, 3]
+    data = load(patch.files["large_vocabulary/tokens.safetensors"].read())
+    assert bytes(data["bytes"].tolist()) == b"verzekering gezelligheid"
+    assert patch.metrics["rows"] == 330 + 2 - len(policy["never"])
 
 
 def test_rows_by_the_hundred_thousand_do_not_fill_the_memory(tmp_path):
