@@ -83,7 +83,7 @@ class Joined(LazyTensor):
 
     Args:
         spec: of the result.
-        tensor: of the checkpoint.
+        tensor: of the checkpoint, or zeros where it has none.
         extra: what is added, any float dtype.
         axis: 0 puts it below, 1 beside.
     """
@@ -92,7 +92,7 @@ class Joined(LazyTensor):
         self.spec = spec
         self.tensor = tensor
         self.extra = extra
-        self.sources = (tensor,)
+        self.sources = () if isinstance(tensor, Filled) else (tensor,)
         self._axis = axis
 
     @property
