@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
 from typing import Any
 
 from regraft.core.checkpoint import FileRef
 from regraft.core.data.chat import chat_text
 from regraft.core.data.load import files_of, read_rows
+from regraft.core.data.names import distinct_names
 from regraft.core.data.records import COLUMNS, Chat, Columns, Completion, Record, Text, find_columns
 from regraft.core.data.rows import BadRows, Place, Row
 from regraft.core.errors import InputError, UsageError
@@ -83,7 +85,8 @@ def read_prompts(settings: PromptSettings, tokenizer: Any, *, key: str, window: 
             found=f"{count} rows, {len(bad.rows)} bad",
             remedy="give a prompt a line, or rows with a text or prompt column",
         )
-    files = {path.name: FileRef(path=path).sha256() for source in settings.sources for path in files_of(source)}
+    names = distinct_names(str(path) for source in settings.sources for path in files_of(source))
+    files = {name: FileRef(path=Path(path)).sha256() for path, name in names.items()}
     return PromptSet(prompts, count, len(bad.rows), files)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -39,12 +40,17 @@ _OF_SEQUENCES = ("learn", "end", "max_tokens", "min_tokens", "too_long", "pack",
 """Keys of data that say how texts become sequences."""
 
 
-def check_texts(key: str, data: DataSettings | None) -> None:
+_PACKED = ("learn", "max_tokens", "too_long", "pack")
+"""Those that a training on packed texts settles by itself."""
+
+
+def check_texts(key: str, data: DataSettings | None, without: Sequence[str] = _OF_SEQUENCES) -> None:
     """Whether data that are read as texts alone are given as such; of `max_rows` the first are read.
 
     Args:
         key: of the parameter.
         data: its value.
+        without: keys of data that have no effect.
 
     Raises:
         ValueError: the rows are to be something else, or a key that a text has no use for is not at its default.
@@ -53,7 +59,7 @@ def check_texts(key: str, data: DataSettings | None) -> None:
         return
     if data.kind not in (None, "text"):
         raise ValueError(f'{key} is text: leave kind out, or set kind = "text"')
-    strays = [name for name in _OF_SEQUENCES if getattr(data, name) != DataSettings.model_fields[name].default]
+    strays = [name for name in without if getattr(data, name) != DataSettings.model_fields[name].default]
     if strays:
         raise ValueError(f"{key} is read as texts, which {strays[0]} has no effect on: leave it out")
 
@@ -139,8 +145,7 @@ class AdaptSettings(Params):
         strays = [key for key, default in own.items() if getattr(self, key) != default]
         if self.loss != "alm" and strays:
             raise ValueError(f'{strays[0]} is not for loss = "{self.loss}": leave it out')
-        if self.loss == "alm":
-            check_texts("data", self.data)
+        check_texts("data", self.data, _OF_SEQUENCES if self.loss == "alm" else _PACKED)
         return self
 
 

@@ -50,6 +50,10 @@ class LargeVocabularyParams(Params):
     def _keys_fit(self) -> Self:
         if self.tokens is not None and self.size:
             raise ValueError("give size or tokens, and not both")
+        learnt = ("min_count", "max_length")
+        strays = [key for key in learnt if getattr(self, key) != type(self).model_fields[key].default]
+        if strays and not self.size:
+            raise ValueError(f"{strays[0]} is for size: leave it out")
         if self.size and self.corpus is None:
             raise ValueError("size needs a corpus that tokens are learnt on")
         if (self.init == "hypernet") != (self.hypernet is not None):

@@ -124,6 +124,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, float(last[-1
         ({"size": 5, "probes": 1}, "size needs a corpus"),
         ({"size": 5, "corpus": "c.txt", "tokens": __file__}, "size or tokens"),
         ({"corpus": "c.txt", "init": "hypernet"}, "go together"),
+        ({"corpus": "c.txt", "min_count": 9}, "min_count is for size"),
         ({"corpus": "c.txt", "probes": 3, "recall": 0.5}, "probes or recall"),
         ({"probes": 3, "lists": 2}, "more probes than lists"),
     ],
