@@ -14,7 +14,7 @@ from regraft.core.provenance import LOCK_SCHEMA
 from regraft.core.specs import ITEM_BYTES, TensorSpec
 
 _REMEDY = "write the checkpoint again, or fetch it again"
-_MOST_THREADS = 4096
+_MOST_THREADS, _MOST_CHARACTERS = 4096, 200
 _SHAPES = {"model_type": "object", "dict_type": "object", "mapping_type": "object", "tuple_type": "list"}
 """What pydantic calls after classes of ours or of Python's."""
 
@@ -186,7 +186,7 @@ def parsed(kind: type[_Kind], document: Mapping[str, Any], path: Path, remedy: s
         return kind.model_validate(document)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
+        key = ".".join(map(str, first["loc"]))[:_MOST_CHARACTERS]
         shape = _SHAPES.get(first["type"])
         why = f"input should be a valid {shape}" if shape else first["msg"][:1].lower() + first["msg"][1:]
         raise InputError(

@@ -73,7 +73,7 @@ def lock_files() -> list[bytes]:
 
 @target(mutations.mutated_json, lock_files)
 def lock(data: bytes) -> object:
-    """regraft.lock.json, verified, and read as it is before it is run again."""
+    """regraft.lock.json, read as it is before it is run again, and verified."""
     from regraft.core.host import host
     from regraft.core.recorded_inputs import Whereabouts
     from regraft.core.reproduce import read_lock, recorded
@@ -81,9 +81,9 @@ def lock(data: bytes) -> object:
 
     path = put(written() / "regraft.lock.json", data)
     with suppress(*REFUSALS):
-        verify_folder(written())
-    _, record = read_lock(path)
-    return recorded(record, path, host(), Whereabouts(folder=scratch()))
+        _, record = read_lock(path)
+        recorded(record, path, host(), Whereabouts(folder=scratch()))
+    return verify_folder(written())
 
 
 def states() -> list[bytes]:

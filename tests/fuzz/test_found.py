@@ -122,7 +122,7 @@ def test_a_task_with_an_impossible_path_is_refused(data: bytes) -> None:
 
 def test_a_file_that_a_lock_file_states_by_an_impossible_name_is_missing() -> None:
     lock = json.loads(TARGETS["lock"].seeds()[0])
-    lock["output"]["files"]["9" * 5000] = {"sha256": "0"}
+    lock["output"]["files"]["9" * 5000] = {"bytes": 0, "sha256": "0"}
     report = TARGETS["lock"].read(json.dumps(lock).encode())
     assert isinstance(report, VerifyReport)
     assert any(finding.message == "a file is missing" for finding in report.faults)
