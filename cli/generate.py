@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from regraft.cli.console import INTERRUPTED, print_json, tell
-from regraft.cli.interrupts import Interrupted
 from regraft.cli.options import Device, Dtype, Json, Model, Revision, TrustRemoteCode
+from regraft.core.interrupts import Interrupted
 
 if TYPE_CHECKING:
     from regraft.core.generation import Generation

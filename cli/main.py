@@ -28,9 +28,9 @@ from regraft.cli import (
     verify,
 )
 from regraft.cli.console import INTERRUPTED, fail, interrupted
-from regraft.cli.interrupts import Interrupted, ignore, listen
 from regraft.cli.streams import settle_streams
 from regraft.core.errors import RegraftError, UsageError
+from regraft.core.interrupts import Interrupted, ignore, listen
 from regraft.core.processes import Ended, processes
 
 _CommandLineError: type[Exception] = next(

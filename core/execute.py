@@ -16,6 +16,7 @@ from regraft.core.devices import check_device, resolve_device
 from regraft.core.errors import InputError, PluginError, TransformationError, UsageError
 from regraft.core.file_patterns import matched
 from regraft.core.host import Host
+from regraft.core.interrupts import unbroken
 from regraft.core.jsonio import dump
 from regraft.core.layout import Layout
 from regraft.core.output_file import resources
@@ -213,9 +214,10 @@ def _saying_what_stays(space: Workspace, events: Events, ours: Processes) -> Ite
     try:
         yield
     except BaseException as error:
-        ours.failing(error)
-        if space.keeps_state:
-            events.say("the state of the training is kept: the same command goes on from it, --restart begins anew")
+        with unbroken():
+            ours.failing(error)
+            if space.keeps_state:
+                events.say("the state of the training is kept: the same command goes on from it, --restart begins anew")
         raise
 
 

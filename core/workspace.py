@@ -21,6 +21,7 @@ from pathlib import Path
 
 from regraft.core.checkpoint import ADAPTER_CONFIG, CONFIG
 from regraft.core.errors import ResourceError, UsageError
+from regraft.core.interrupts import unbroken
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -221,8 +222,9 @@ def workspace(target: Path, *, force: bool = False, restart: bool = False) -> It
                 space = Workspace(resolved, space.folder, replaces=_holds_something(resolved))
             yield space
         finally:
-            _remove(space)
-            os.close(descriptor)
+            with unbroken():
+                _remove(space)
+                os.close(descriptor)
     finally:
         if not resolved.exists():
             _remove_empty(new_parents)

@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,19 @@ def _listen(run: Run, done: Any) -> None:
     if done.step != int(step) or run.step != os.environ.get("TRAINER_STEP", NAME):
         return
     if run.rank != int(os.environ.get("TRAINER_RANK", "0")):
+        _linger()
         return
     if kind == "raise":
         raise TransformationError("the trainer stumbles", where="the data", remedy="clear its way")
     os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGINT)
+
+
+def _linger() -> None:
+    """From now on this process is slow to see what stays of a run: torchrun's signal comes meanwhile."""
+    from regraft.core.workspace import Workspace
+
+    looks = Workspace.keeps_state.fget
+    Workspace.keeps_state = property(lambda space: time.sleep(0.3) or looks(space))
 
 
 @hookimpl

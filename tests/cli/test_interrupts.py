@@ -6,9 +6,15 @@ import textwrap
 
 import pytest
 
+PRELUDE = """import signal, time
+from regraft.cli import main
+from regraft.core.errors import InputError
+from regraft.core.interrupts import unbroken
+"""
+
 
 def script(body):
-    text = "import signal, sys, time\nfrom regraft.cli import interrupts, main\n" + textwrap.dedent(body)
+    text = PRELUDE + textwrap.dedent(body)
     return subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -74,3 +80,65 @@ def test_other_faults_in_finalisers_are_reported_as_ever():
     """)
     assert ran.returncode == 0
     assert "ValueError: as ever" in ran.stderr
+
+
+def test_what_clears_away_is_done_before_a_signal_counts():
+    ran = script("""
+        def command(**options):
+            with unbroken():
+                with unbroken():
+                    signal.raise_signal(signal.SIGTERM)
+                print("cleared")
+            print("never")
+
+        main.app = command
+        main.run(["apply"])
+    """)
+    assert (ran.returncode, ran.stdout) == (130, "cleared\n")
+    assert ran.stderr.startswith("interrupted; ")
+
+
+def test_an_error_is_told_though_a_signal_comes_while_it_clears_away():
+    ran = script("""
+        def command(**options):
+            try:
+                raise InputError("cut short", where="model.safetensors", remedy="fetch it again")
+            finally:
+                with unbroken():
+                    signal.raise_signal(signal.SIGTERM)
+
+        main.app = command
+        main.run(["apply"])
+    """)
+    assert ran.returncode == 3
+    assert ran.stderr.startswith("error: model.safetensors: cut short")
+
+
+def test_whoever_deals_with_that_error_can_be_interrupted_again():
+    ran = script("""
+        def command(**options):
+            try:
+                raise InputError("cut short", where="model.safetensors", remedy="fetch it again")
+            except InputError:
+                with unbroken():
+                    signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+        main.app = command
+        main.run(["apply"])
+    """)
+    assert ran.returncode == 130
+    assert ran.stderr.startswith("interrupted; ")
+
+
+def test_a_second_signal_breaks_off_even_what_clears_away():
+    ran = script("""
+        def command(**options):
+            with unbroken():
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+
+        main.app = command
+        main.run(["apply"])
+    """)
+    assert ran.returncode == -2
