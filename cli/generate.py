@@ -9,6 +9,7 @@ import typer
 
 from regraft.cli.console import INTERRUPTED, print_json, tell
 from regraft.cli.options import Device, Dtype, Json, Model, Revision, TrustRemoteCode
+from regraft.cli.streams import unread
 from regraft.core.interrupts import Interrupted
 
 if TYPE_CHECKING:
@@ -64,13 +65,17 @@ def generate(
 
 
 def _write(written: Generation, *, show: bool) -> bool:
-    """Generate, show each piece at once, and tell whether the user interrupted: then what was written stays."""
+    """Generate, show each piece at once while somebody reads, and tell whether the user interrupted: then what was
+    written stays.
+    """
     interrupted = False
     try:
         for piece in written:
             if show:
                 sys.stdout.write(piece)
                 sys.stdout.flush()
+                if unread():
+                    break
     except Interrupted:
         interrupted = True
     if show:

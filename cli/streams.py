@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class _Stream(io.FileIO):
-    """Below the buffers of stdout or stderr: what cannot be written any more goes nowhere.
+    """Below the buffers of stdout or stderr: what cannot be written any more goes nowhere, and `cut_off` says so.
 
     Buffers keep what they failed to write, and Python tries it once more when it ends, so one failure decides.
     """
@@ -24,7 +24,7 @@ class _Stream(io.FileIO):
         """Write to `descriptor`, which stays open; `result`: losing something of it is an error."""
         super().__init__(descriptor, "w", closefd=False)
         self._result = result
-        self._cut_off = False
+        self.cut_off = False
 
     def write(self, data: ReadableBuffer, /) -> int:
         """As of a file.
@@ -32,11 +32,11 @@ class _Stream(io.FileIO):
         Raises:
             ResourceError: there is no room for a part of the result. A reader that has seen enough is no error.
         """
-        if not self._cut_off:
+        if not self.cut_off:
             try:
                 return super().write(data)
             except OSError as error:
-                self._cut_off = True
+                self.cut_off = True
                 if self._result and not isinstance(error, BrokenPipeError):
                     raise ResourceError(
                         f"the output cannot be printed: {error.strerror}", where="stdout",
@@ -51,6 +51,13 @@ def settle_streams() -> None:
         sys.stdout = _over(sys.stdout, result=True)
     if sys.stderr is sys.__stderr__:
         sys.stderr = _over(sys.stderr, result=False)
+
+
+def unread() -> bool:
+    """Whether whoever read stdout has left: more of it is of no use to anybody."""
+    below = getattr(sys.stdout, "buffer", None)
+    raw = getattr(below, "raw", below)
+    return isinstance(raw, _Stream) and raw.cut_off
 
 
 def _over(stream: TextIO | None, *, result: bool) -> TextIO:

@@ -153,10 +153,8 @@ def _text_steps(
         dataset = load_data(settings.data.model_copy(update=packed), tokenizer, window=window, seed=seed)
         return batches_of(dataset.examples, settings, run), dataset.summary()
     texts = _corpus(settings, corpus)
-    data, bad = (
-        texts.data.model_copy(update={**packed, "columns": {}, "max_rows": None}),
-        BadRows(texts.data.max_bad_rows),
-    )
+    data = texts.data.model_copy(update={**packed, "columns": {}, "max_rows": None})
+    bad = BadRows(texts.data.max_bad_rows)
     dataset = prepare(texts.rows(bad), data, tokenizer, window=window, seed=seed, bad=bad)
     return batches_of(dataset.examples, settings, run), {**dataset.summary(), "files": texts.summary()}
 

@@ -44,6 +44,27 @@ def test_a_command_goes_on_when_nobody_reads_what_it_says(workplace):
     assert done("verify", "out").code == 0
 
 
+def test_no_text_is_generated_that_nobody_reads(tmp_path):
+    script = tmp_path / "counting.py"
+    script.write_text("""
+import sys
+from regraft.cli import main
+from regraft.core import generation
+
+choose, asked = generation.choose, []
+generation.choose = lambda *given: asked.append(1) or choose(*given)
+try:
+    main.run(["generate", "demo:tiny", "And the LORD", "--raw", "--max-new-tokens", "200"])
+finally:
+    print(len(asked), file=sys.stderr)
+""")
+    ran = shell(f"{sys.executable} {script} | true")
+    assert ran.returncode == 0
+    assert 1 <= int(ran.stderr) < 20
+    ran = shell(f"{sys.executable} {script} | cat > {tmp_path}/read")
+    assert int(ran.stderr) == 200, "a reader that stays gets all"
+
+
 def test_a_result_that_cannot_be_printed_is_an_error_of_resources(workplace):
     write_recipe(Path("recipe.toml"), "base", ABF, path="out")
     for environment in ("", "PYTHONUNBUFFERED=1 "):
