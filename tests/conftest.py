@@ -4,12 +4,16 @@ import os
 import shutil
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from tests.families import save_tiny
 
 os.environ["REGRAFT_CACHE_SIZE"] = "0"
 """No results of steps from one test in another, nor in the second of two runs that a test compares."""
+
+torch.set_num_threads(1)
+"""As in the processes that tests start, whose results they compare with those of this one."""
 
 settings.register_profile("regraft", suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("regraft")

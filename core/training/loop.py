@@ -54,7 +54,7 @@ def train(
 
     Raises:
         TransformationError: the loss or its gradient is not finite; names the rows, and the last good state is kept.
-        UsageError: nothing learns; the saved state belongs to another recipe; a log needs what is not installed; the
+        UsageError: nothing learns; the saved state belongs to another training; a log needs what is not installed; the
             batches, or what is trained, are not those of the other processes.
         Unsupported: the precision or the optimiser is none for this device or these weights.
         ResourceError: out of memory, a record cannot be written, or another process has ended.
@@ -73,7 +73,7 @@ def train(
         group = join(batches.rank, batches.world, device)
         identity = None
         if records.state is not None or group.world > 1:
-            identity = _identity(batches, settings, objective, trainable, records, precision)
+            identity = _identity(batches, settings, objective, trainable, records, precision, device)
             _check_agreement(group.gather(identity))
         chosen = sharable(model, trainable, group.world) if group.world > 1 and penalty is None else {}
         shards = stack.enter_context(shared_out(model, objective, chosen, device, precision=precision, masters=masters))
@@ -92,6 +92,7 @@ def _identity(
     trainable: Mapping[str, Trainable],
     records: Records,
     precision: str,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Everything that decides the result; JSON values."""
     return {
@@ -101,6 +102,7 @@ def _identity(
         "trainable": {name: one.identity() for name, one in trainable.items()},
         "start": digest(trainable, masters=settings.master_weights),
         "precision": precision,
+        "computed": {"device": device.type, "torch_threads": torch.get_num_threads() if device.type == "cpu" else None},
         "recipe": dict(records.identity),
     }
 

@@ -63,7 +63,7 @@ class StateFolder:
         """The latest state; None if there is none. What a killed process left unfinished is removed.
 
         Raises:
-            UsageError: it belongs to another recipe; says in what they differ.
+            UsageError: it belongs to another training; says in what they differ.
             InputError: it is damaged.
         """
         if not self.folder.is_dir():
@@ -123,9 +123,9 @@ class StateFolder:
         if differing:
             shown = "; ".join(differing[:_SHOWN]) + ("; ..." if len(differing) > _SHOWN else "")
             raise UsageError(
-                "the saved state belongs to another recipe",
+                "the saved state belongs to another training",
                 where=self.folder,
-                expected="the same settings, data and start weights",
+                expected="the same settings, data, start weights, device and torch threads",
                 found=shown,
                 remedy=f"restore them, or {ANEW}",
             )

@@ -68,7 +68,7 @@ class ContextExtension(Transformation[ContextExtensionParams]):
 
         Raises:
             InputError: data cannot be read or is too little or too short; the checkpoint has no tokenizer.
-            UsageError: the data is of another kind; the saved state belongs to another recipe.
+            UsageError: the data is of another kind; the saved state belongs to another training.
             Unsupported: the model cannot be trained or measured, or its own code may not run.
             TransformationError: the loss is not finite.
             ResourceError: out of memory, or a log cannot be written.

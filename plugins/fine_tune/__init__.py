@@ -72,7 +72,7 @@ class FineTune(Transformation[FineTuneParams]):
 
         Raises:
             InputError: the data cannot be read, is empty, or fewer than a batch; a saved state is damaged.
-            UsageError: the data is of another kind than the task asks for; the saved state belongs to another recipe.
+            UsageError: the data is of another kind than the task asks for; the saved state belongs to another training.
             Unsupported: the model cannot be trained so.
             TransformationError: the loss is not finite.
             ResourceError: out of memory, or a record cannot be written.

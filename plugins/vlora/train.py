@@ -71,7 +71,7 @@ class VloraTrain(Transformation[VloraTrainParams]):
 
         Raises:
             InputError: data or an image cannot be read, or there are fewer rows than a batch; a saved state is damaged.
-            UsageError: the rows have no answers; the saved state belongs to another recipe.
+            UsageError: the rows have no answers; the saved state belongs to another training.
             Unsupported: the model cannot be trained so.
             TransformationError: the loss is not finite.
             ResourceError: out of memory, or a record cannot be written.

@@ -76,7 +76,7 @@ def test_another_recipe_is_refused_until_the_state_is_forgotten(recipe, monkeypa
     break_off(monkeypatch, recipe, "raise:5", "trainer")
     refused = apply(recipe, "--set", "trainer.lr=0.01")
     assert refused.code == 2
-    assert "belongs to another recipe" in refused.err
+    assert "belongs to another training" in refused.err
     assert "settings.lr was 0.001 and is 0.01" in refused.err
     assert "--restart" in refused.err.split("remedy")[1]
     assert STATE.exists()

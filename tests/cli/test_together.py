@@ -58,9 +58,8 @@ ACCIDENTS = ("full-first", "full-second", "unlike")
 def place(tmp_path_factory):
     """A folder with every recipe, applied by one process into `one` and by two into `two`."""
     folder = tmp_path_factory.mktemp("together")
-    before, threads = Path.cwd(), torch.get_num_threads()
+    before = Path.cwd()
     os.chdir(folder)
-    torch.set_num_threads(1)  # as the two have: lock files tell the number
     try:
         _write(folder)
         names = sorted(path.stem for path in folder.glob("*.toml"))
@@ -70,7 +69,6 @@ def place(tmp_path_factory):
             write_recipe(folder / f"{name}.toml", "demo:tiny", LORA, STEER, **SMALL)
     finally:
         os.chdir(before)
-        torch.set_num_threads(threads)
     variables = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

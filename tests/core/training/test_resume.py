@@ -88,7 +88,7 @@ def test_early_stop_is_remembered(llama, tmp_path):
 def test_another_recipe_is_refused_with_the_difference(llama, tmp_path, change, found):
     with pytest.raises(Killed):
         train(llama, state=tmp_path / "state", kill=3)
-    with pytest.raises(UsageError, match="belongs to another recipe") as caught:
+    with pytest.raises(UsageError, match="belongs to another training") as caught:
         train(llama, state=tmp_path / "state", **change)
     assert found in caught.value.found
 
@@ -103,6 +103,20 @@ def test_other_data_or_base_is_refused(tiny_folder, tmp_path):
     with pytest.raises(UsageError) as caught:
         fit(model, batches(sequences(17), **DATA), records=Records(state=tmp_path / "state"))
     assert "batches.data was" in caught.value.found
+
+
+def test_another_number_of_torch_threads_is_refused(llama, tmp_path):
+    before = torch.get_num_threads()
+    with pytest.raises(Killed):
+        train(llama, state=tmp_path / "state", kill=3)
+    torch.set_num_threads(before + 1)
+    try:
+        with pytest.raises(UsageError) as caught:
+            train(llama, state=tmp_path / "state")
+    finally:
+        torch.set_num_threads(before)
+    assert caught.value.found == f"computed.torch_threads was {before} and is {before + 1}"
+    assert train(llama, state=tmp_path / "state")[1].resumed == 2
 
 
 def test_what_is_written_how_often_may_change(llama, tmp_path):

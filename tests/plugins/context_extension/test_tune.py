@@ -284,7 +284,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bytes(
     assert steps == [1, 2, 3, 3, 4]
     assert same(weights(llama, resumed), whole)
     assert not same(weights(llama, tuned(llama, data, Run("step", seed=4))), whole)
-    with pytest.raises(UsageError, match="belongs to another recipe"):
+    with pytest.raises(UsageError, match="belongs to another training"):
         tuned(llama, data, run, target_length=70)
 
 

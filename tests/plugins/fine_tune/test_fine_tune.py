@@ -295,7 +295,7 @@ def test_resume_with_a_changed_recipe_is_refused(workplace, monkeypatch):
             regraft("apply", "recipe.toml", "--set", "fine-tune.train.save_every=1")
     ran = regraft("apply", "recipe.toml", "--set", "fine-tune.lr=0.5")
     assert ran.code == 2
-    assert "belongs to another recipe" in ran.err
+    assert "belongs to another training" in ran.err
     assert "settings.lr was 0.01 and is 0.5" in ran.err
     assert not Path("out").exists()
     done("apply", "recipe.toml")

@@ -208,6 +208,6 @@ def test_another_recipe_is_refused_with_the_difference(tiny_folder, answers, tmp
         ({"site": "kv-group"}, 'recipe.site was "head" and is "kv-group"'),
         ({"batch_size": 4}, "batches.batch_size was 8 and is 4"),
     ):
-        with pytest.raises(UsageError, match="belongs to another recipe") as caught:
+        with pytest.raises(UsageError, match="belongs to another training") as caught:
             lofit(tiny_folder("llama"), answers, run=Run("lofit", state=state), **{**options, **change})
         assert difference in caught.value.found

@@ -145,7 +145,7 @@ def test_a_training_that_was_broken_off_ends_with_the_same_bytes(stage, llama, l
     assert same_bits(loaded(result), loaded(expected))
     assert resumed.reports["losses.jsonl"] == whole.reports["losses.jsonl"]
     write(lesson / "rows.jsonl", rows()[::-1])
-    with pytest.raises(UsageError, match="the saved state belongs to another recipe"):
+    with pytest.raises(UsageError, match="the saved state belongs to another training"):
         learn(llama, given, state=tmp_path / "state")
 
 
@@ -181,7 +181,7 @@ def test_a_state_of_another_encoder_is_refused(llama, gallery, tmp_path):
     learn(llama, given, state=tmp_path / "state")
     weights = gallery / "tower" / "model.safetensors"
     save_file({name: 1.5 * tensor for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
-    with pytest.raises(UsageError, match="the saved state belongs to another recipe"):
+    with pytest.raises(UsageError, match="the saved state belongs to another training"):
         learn(llama, given, state=tmp_path / "state")
 
 
