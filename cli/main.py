@@ -30,7 +30,7 @@ from regraft.cli import (
 from regraft.cli.console import INTERRUPTED, fail, interrupted
 from regraft.cli.streams import settle_streams
 from regraft.core.errors import RegraftError, UsageError
-from regraft.core.interrupts import Interrupted, ignore, listen
+from regraft.core.interrupts import Interrupted, ignore, listen, unbroken
 from regraft.core.processes import Ended, processes
 
 _CommandLineError: type[Exception] = next(
@@ -165,12 +165,13 @@ def _failed(given: list[str], error: BaseException | None) -> int:
     """Say what went wrong, unless another process of the same run has done so; gives the exit code. None: a signal."""
     as_json = "--json" in given
     code = error.exit_code if isinstance(error, RegraftError) else INTERRUPTED if error is None else 1
-    if "apply" in given:
-        with suppress(UsageError):  # of an environment that says nothing of other processes
-            first, code = processes().ending(code)
-            if not first:
-                return code
-    return interrupted(as_json=as_json) if error is None else fail(error, as_json=as_json)
+    with unbroken():
+        if "apply" in given:
+            with suppress(UsageError):  # of an environment that says nothing of other processes
+                first, code = processes().ending(code)
+                if not first:
+                    return code
+        return interrupted(as_json=as_json) if error is None else fail(error, as_json=as_json)
 
 
 def _usage(error: Any) -> UsageError:

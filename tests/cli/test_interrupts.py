@@ -114,6 +114,20 @@ def test_an_error_is_told_though_a_signal_comes_while_it_clears_away():
     assert ran.stderr.startswith("error: model.safetensors: cut short")
 
 
+def test_an_error_is_told_though_a_signal_comes_while_it_is_told():
+    ran = script("""
+        def command(**options):
+            raise InputError("cut short", where="model.safetensors", remedy="fetch it again")
+
+        tell = main.fail
+        main.fail = lambda *given, **options: signal.raise_signal(signal.SIGTERM) or tell(*given, **options)
+        main.app = command
+        main.run(["apply"])
+    """)
+    assert ran.returncode == 3
+    assert ran.stderr.startswith("error: model.safetensors: cut short")
+
+
 def test_whoever_deals_with_that_error_can_be_interrupted_again():
     ran = script("""
         def command(**options):
