@@ -22,18 +22,21 @@ class Position(NamedTuple):
     column: int
 
 
-_SPACE = re.compile(r"[ \t]*+")
-_BLANK = re.compile(r"(?:[ \t\n]|#[^\n]*+)*+")
-_BARE_KEY = re.compile(r"[A-Za-z0-9_-]++")
-_BASIC = r'"(?:[^"\\\n]|\\.)*+"'
-_LITERAL = r"'[^'\n]*+'"
+_SPACE = re.compile(r"[ \t]*")
+_BLANK = re.compile(r"[ \t\n]*(?:#[^\n]*[ \t\n]*)*")
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_BASIC = r'"[^"\\\n]*(?:\\.[^"\\\n]*)*"'
+_LITERAL = r"'[^'\n]*'"
 _QUOTED_KEY = re.compile(f"{_BASIC}|{_LITERAL}")
 _SCALAR = re.compile(
-    rf'"""(?:[^"\\]|\\.|"(?!""))*+"""(?:"{{0,2}})'  # up to two quotes of the content may stand before the closing three
-    rf"|'''(?:[^']|'(?!''))*+'''(?:'{{0,2}})"
-    rf"|{_BASIC}|{_LITERAL}|[^,\]}}#\n]++",  # numbers, booleans, dates (which may hold a space)
+    r'"""[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*"""(?:"{0,2})'  # up to two quotes may stand before the closing ones
+    r"|'''[^']*(?:'(?!'')[^']*)*'''(?:'{0,2})"
+    rf"|{_BASIC}|{_LITERAL}|[^,\]}}#\n]+",  # numbers, booleans, dates (which may hold a space)
     re.DOTALL,
 )
+"""No possessive quantifiers: around groups they match wrongly in Python 3.11.0 to 3.11.4. Nothing needs them here: a
+text has one way to match each of these, or the rest cannot fail.
+"""
 
 
 class ScanError(ValueError):
