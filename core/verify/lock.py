@@ -14,6 +14,7 @@ from regraft.core.jsonio import brief, read_object
 from regraft.core.lock_file import check_schema
 from regraft.core.provenance import sha256
 from regraft.core.sources.folder import INDEX, LOCK
+from regraft.core.specs import TensorSpec
 from regraft.core.tensors import LazyTensor
 from regraft.core.transfer import hash_range, labelled, new_hasher
 from regraft.core.verify.structure import Finding, are
@@ -76,6 +77,9 @@ def _tensors(checkpoint: Checkpoint, stated: Mapping[str, Mapping[str, Any]], pa
             yield Finding(
                 "a tensor is missing", where, "the tensor that the lock file states", "no such tensor", _REMEDY
             )
+        elif unlike := [key for key, found in _form(tensor.spec).items() if facts.get(key, found) != found]:
+            expected, found = (_told(form, unlike) for form in (facts, _form(tensor.spec)))
+            yield Finding("the tensor has another dtype or shape", where, expected, found, _REMEDY)
         elif (digest := facts.get("digest")) is not None:
             found = digest_as(tensor, digest, f"{path}: {name}")
             yield None if found == digest else Finding("the tensor has changed", where, digest, found, _REMEDY)
@@ -83,6 +87,15 @@ def _tensors(checkpoint: Checkpoint, stated: Mapping[str, Mapping[str, Any]], pa
         if name not in stated:
             yield Finding("a tensor is there that the lock file does not name", f"{checkpoint.label}: {name}",
                           "only tensors of the lock file", str(checkpoint.specs[name]), _REMEDY)  # fmt: skip
+
+
+def _form(spec: TensorSpec) -> dict[str, Any]:
+    """What a digest of bytes does not tell: the same bytes are other numbers under another dtype or shape."""
+    return {"dtype": spec.dtype, "shape": list(spec.shape)}
+
+
+def _told(form: Mapping[str, Any], keys: list[str]) -> str:
+    return ", ".join(f"{key} {brief(form[key])}" for key in keys)
 
 
 def digest_as(tensor: LazyTensor, stated: Any, where: str) -> str:

@@ -62,6 +62,21 @@ def test_another_shard_in_its_place(copy):
     assert {message for message, _ in faults(copy)} == {"the tensor has changed"}
 
 
+def test_the_same_bytes_under_another_dtype(copy):
+    """Other numbers, and yet the digests of their bytes agree."""
+    path = copy / SHARD
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    name, facts = next((name, facts) for name, facts in header.items() if facts.get("dtype") == "F32")
+    header[name] = {**facts, "dtype": "I32"}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    assert faults(copy) == [("the tensor has another dtype or shape", name)]
+    (found,) = verify_folder(copy).faults
+    assert (found.expected, found.found) == ("dtype 'F32'", "dtype 'I32'")
+
+
 def test_a_changed_side_file(copy):
     (copy / "generation_config.json").write_text("{}")
     assert faults(copy) == [("the file has changed", "generation_config.json")]
