@@ -2,13 +2,15 @@
 
 `STEPS/KEY` is an entry, complete or not there at all: it is written aside and renamed. Whoever reads an entry holds a
 shared lock on its folder, whoever removes one an exclusive lock, so that two runs at once do each other no harm. The
-time of an entry's folder says when it was last used.
+time of an entry's folder says when it was last used. Whatever has another name than ours is somebody else's, and stays:
+`REGRAFT_CACHE` may name a folder that has `steps` or `weights` of its own.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import time
 import weakref
@@ -26,6 +28,8 @@ FOLDER, SIZE = "REGRAFT_CACHE", "REGRAFT_CACHE_SIZE"
 DEFAULT_BYTES = 20 * 10**9
 _ASIDE = "."
 """First letter of what is no entry: one that is being written, or removed."""
+_ENTRY = re.compile(r"[0-9a-f]{64}")
+_HALF = re.compile(re.escape(_ASIDE) + r"[0-9a-f]+[.0-9]*")
 
 
 class Held:
@@ -113,7 +117,10 @@ class CacheFolder:
 
     def forget_weights(self) -> None:
         """Forget all digests of weight files."""
-        shutil.rmtree(self.weights, ignore_errors=True)
+        with suppress(OSError):
+            for path in list(self.weights.iterdir()):
+                if (_ENTRY.fullmatch(path.name) or _HALF.fullmatch(path.name)) and not path.is_dir():
+                    path.unlink(missing_ok=True)
 
     def sweep(self) -> None:
         """Remove what killed runs have left half written."""
@@ -145,11 +152,11 @@ class CacheFolder:
     def _entries(self) -> Iterator[tuple[float, Path]]:
         for path in self._all():
             with suppress(OSError):
-                if not path.name.startswith(_ASIDE) and path.is_dir():
+                if _ENTRY.fullmatch(path.name) and path.is_dir():
                     yield path.stat().st_mtime, path
 
     def _aside(self) -> list[Path]:
-        return [path for path in self._all() if path.name.startswith(_ASIDE)]
+        return [path for path in self._all() if _HALF.fullmatch(path.name)]
 
     def _all(self) -> list[Path]:
         try:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,24 @@ def test_what_a_killed_run_left_is_swept(cache):
     cache.make_room(0)
     assert not left.exists()
     assert len(cache.entries()) == 1
+
+
+def test_what_others_keep_in_the_folder_stays(cache):
+    """`REGRAFT_CACHE` may name a folder of work, whose `weights` and `steps` are not the cache's."""
+    theirs = [cache.weights / "llama/model.safetensors", cache.steps / "mine/a", cache.steps / ".git/config"]
+    for path in theirs:
+        path.parent.mkdir(parents=True)
+        path.write_text("precious")
+    run(ONE)
+    (key,) = cache.entries()
+    digest = cache.weights / key
+    digest.write_text("0" * 32)
+    cache.forget_weights()
+    replace(cache, limit=0).make_room(0)
+    assert cache.entries() == []
+    assert cache.nbytes() == 0
+    assert not digest.exists()
+    assert [path.read_text() for path in theirs] == ["precious"] * 3
 
 
 def test_where_the_cache_is():
