@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from regraft.core.errors import RegraftError
 from regraft.core.report.numbers import nbytes
@@ -26,7 +26,17 @@ human_bytes = nbytes
 def print_json(document: Mapping[str, Any]) -> None:
     """One JSON object on stdout; JSON has no NaN and no infinity, so these become strings."""
     document = _finite({"schema": JSON_SCHEMA, **document})
-    print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False, default=str))
+    print(json_text(document, sys.stdout, indent=2, allow_nan=False, default=str))
+
+
+def json_text(document: Mapping[str, Any], stream: TextIO, **options: Any) -> str:
+    """As JSON that `stream` can encode: in its own letters, else in escapes of JSON, which readers of JSON know."""
+    text = json.dumps(document, ensure_ascii=False, **options)
+    try:
+        text.encode(stream.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(document, **options)
+    return text
 
 
 def _finite(value: Any) -> Any:
@@ -48,7 +58,7 @@ def fail(error: BaseException, *, as_json: bool) -> int:
         remedy = "run again with --traceback and report it"
         error = RegraftError(f"unexpected {type(error).__name__}: {error}", remedy=remedy)
     facts = {"schema": JSON_SCHEMA, **error.as_json()}
-    tell(json.dumps(facts, ensure_ascii=False) if as_json else f"error: {error}")
+    tell(json_text(facts, sys.stderr) if as_json else f"error: {error}")
     return error.exit_code
 
 
@@ -62,7 +72,7 @@ def interrupted(*, as_json: bool) -> int:
 
 def event(kind: str, **facts: Any) -> None:
     """One JSON object in one line on stderr."""
-    tell(json.dumps({"schema": JSON_SCHEMA, "event": kind, **facts}, ensure_ascii=False))
+    tell(json_text({"schema": JSON_SCHEMA, "event": kind, **facts}, sys.stderr))
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from typing import Annotated
 
 import typer
+
+from regraft.cli.console import json_text
 
 
 def schema(
@@ -15,4 +17,4 @@ def schema(
     from regraft.core.host import host
     from regraft.core.recipe.schema import recipe_schema
 
-    print(json.dumps(recipe_schema(host().transformations()), indent=2, ensure_ascii=False))
+    print(json_text(recipe_schema(host().transformations()), sys.stdout, indent=2))

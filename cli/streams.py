@@ -46,7 +46,9 @@ class _Stream(io.FileIO):
 
 
 def settle_streams() -> None:
-    """From now on nobody who reads our output decides how the command ends; closed streams take everything."""
+    """From now on nobody who reads our output decides how the command ends; closed streams take everything, and what an
+    encoding lacks (a letter, or a byte of a path that is not UTF-8) is escaped.
+    """
     if sys.stdout is sys.__stdout__:
         sys.stdout = _over(sys.stdout, result=True)
     if sys.stderr is sys.__stderr__:
@@ -68,7 +70,7 @@ def _over(stream: TextIO | None, *, result: bool) -> TextIO:
     return io.TextIOWrapper(
         raw if stream.write_through else io.BufferedWriter(raw),
         encoding=stream.encoding,
-        errors=stream.errors,
+        errors="backslashreplace" if stream.errors == "strict" else stream.errors,
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )

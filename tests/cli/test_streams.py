@@ -75,6 +75,23 @@ def test_a_result_that_cannot_be_printed_is_an_error_of_resources(workplace):
     assert "no faults" in done("verify", "out").out
 
 
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict"])
+def test_what_the_terminal_cannot_spell_is_escaped(workplace, encoding):
+    """Paths may hold any bytes, and terminals may know few letters; an output that stands is no failure for it."""
+    recipe = write_recipe(Path("recipe.toml"), "base", ABF, path="out")
+    environment = f"PYTHONIOENCODING={encoding} "
+    ran = shell(f"{environment}regraft apply {recipe} --no-durable -o $'\\xff\\xc3\\xa9'")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "wrote \\udcff" in ran.stdout
+    ran = shell(f"{environment}regraft verify $'\\xff\\xc3\\xa9' --json")
+    assert ran.returncode == 0
+    assert json.loads(ran.stdout)["checkpoint"] == "\udcff\xe9"
+    ran = shell(f"{environment}regraft schema")
+    assert json.loads(ran.stdout) == done("schema").json
+    ran = shell(f"{environment}regraft verify \xe9 --json")
+    assert json.loads(ran.stderr)["where"] == "\xe9"
+
+
 def test_closed_streams_take_everything(workplace):
     write_recipe(Path("recipe.toml"), "base", ABF, path="out")
     ran = shell("regraft apply recipe.toml --no-durable >&-")
