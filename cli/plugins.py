@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -77,7 +78,7 @@ def new(
         return
     for file in files:
         print(folder / file)
-    print(f'wrote {folder}; next: cd {folder} && pip install -e ".[tests]" && pytest')
+    print(f'wrote {folder}; next: cd {quote(str(folder))} && pip install -e ".[tests]" && pytest')
 
 
 @app.command("check")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from regraft.core.checkpoint import Checkpoint
@@ -185,7 +186,7 @@ def _again(folder: Path, upload: Upload) -> str:
     options = ["--private"] * upload.private
     options += [f"--revision {upload.revision}"] * (upload.revision != MAIN)
     options += [f"--license {upload.licence}"] * (upload.licence is not None)
-    return " ".join(["regraft push", str(folder), upload.repo, *options])
+    return " ".join(["regraft push", quote(str(folder)), upload.repo, *options])
 
 
 @contextmanager

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 PREFIX = "regraft-"
 MAX_NAME = 40
+_SPOKEN_FOR = frozenset({
+    "AutoModelForCausalLM", "Checkpoint", "Conformance", "Edit", "False", "Field", "LAST", "None", "Operation",
+    "Params", "Patch", "Scale", "TestConformance", "True", "Unsupported", "WeightSpace",
+})  # fmt: skip
+"""What the templates, or Python, call something else."""
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
@@ -51,8 +56,9 @@ class Names:
 
     @property
     def class_name(self) -> str:
-        """The class: `ScaleLayers`."""
-        return "".join(word.capitalize() for word in self.name.split("-"))
+        """The class: `ScaleLayers`; `ScaleStep` where `Scale` is something else in the package."""
+        words = "".join(word.capitalize() for word in self.name.split("-"))
+        return f"{words}Step" if words in _SPOKEN_FOR else words
 
 
 def names_of(name: str) -> Names:

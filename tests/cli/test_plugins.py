@@ -99,6 +99,7 @@ def test_new_writes_a_package_and_says_what_comes_next(tmp_path, monkeypatch):
     written = done("plugins", "new", "thin-layers", "--path", "elsewhere", "--json").json
     assert written["path"] == "elsewhere"
     assert "pyproject.toml" in written["files"]
+    assert "next: cd 'two words' && pip" in done("plugins", "new", "wide-layers", "--path", "two words").out
     assert regraft("plugins", "new", "steer").code == 2
 
 

@@ -92,14 +92,14 @@ def test_push_again_to_a_branch_with_a_licence_given_by_hand(workplace, hub):
 )
 def test_what_the_hub_refuses_is_said_and_nothing_is_lost(workplace, hub, part, status, message):
     hub.refuse[part] = status
-    ran = called(hub.environment, "apply", recipe(), "--push-to-hub", "org/m")
+    ran = called(hub.environment, "apply", recipe(), "-o", "two words", "--push-to-hub", "org/m")
     assert ran.code == 4
     assert f"error: the hub: org/m: {message}" in ran.err
     if part == "whoami":
-        assert not Path("out").exists(), "asked before anything is computed"
+        assert not Path("two words").exists(), "asked before anything is computed"
     else:
-        assert done("verify", "out", "--json").json["ok"] is True
-        assert "the output stands in out: push it again with: regraft push out org/m" in ran.err
+        assert done("verify", "two words", "--json").json["ok"] is True
+        assert "the output stands in two words: push it again with: regraft push 'two words' org/m" in ran.err
 
 
 def test_a_public_repository_is_not_taken_for_a_private_one(workplace, hub):

@@ -49,6 +49,23 @@ def test_every_file_says_the_name_where_it_stands(tmp_path):
     assert not any(re.search(r"\$[a-z{](?!\{)", text.replace("${{", "")) for text in texts.values())
 
 
+def test_no_name_makes_a_class_that_hides_what_the_package_uses():
+    """Nor one that Python does not take: `regraft plugins new none` is a package that can be imported."""
+    files = package_files(names("thin-layers"))
+    sources = [files["src/regraft_thin_layers/__init__.py"], files["tests/test_thin_layers.py"]]
+    nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
+    used = {node.id for node in nodes if isinstance(node, ast.Name)}
+    used |= {node.name for node in nodes if isinstance(node, ast.alias | ast.ClassDef)}
+    used -= {"ThinLayers", "ThinLayersParams"}
+    assert {"Scale", "Params", "Conformance"} <= used
+    for word in [*used, "None", "True", "False"]:
+        name = re.sub(r"(?<!^)(?=[A-Z])", "-", word).lower()
+        if word[0].isupper():
+            made = names(name).class_name
+            assert not {made, f"{made}Params"} & used, name
+            ast.parse(package_files(names(name))[f"src/{names(name).module}/__init__.py"])
+
+
 def test_the_transformation_is_short_and_imports_only_the_public_api():
     files = package_files(names("thin-layers"))
     module = files["src/regraft_thin_layers/__init__.py"]
