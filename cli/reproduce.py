@@ -65,6 +65,7 @@ def _say(line: str, *, as_json: bool) -> None:
 
 def _by_key(given: list[str]) -> dict[str, Path]:
     from regraft.core.errors import UsageError
+    from regraft.core.file_patterns import at_home
 
     found = {}
     for text in given:
@@ -72,7 +73,7 @@ def _by_key(given: list[str]) -> dict[str, Path]:
         if not (key and sign and path):
             raise UsageError("does not say which input is where", where=f"--data {text}", expected="STEP.KEY=PATH",
                              remedy="write, for instance, --data honest.data=truthfulqa.jsonl")  # fmt: skip
-        found[key] = Path(path).expanduser()
+        found[key] = at_home(path)
     return found
 
 

@@ -189,12 +189,12 @@ def cache_folder(environment: Mapping[str, str] = os.environ) -> CacheFolder:
         ResourceError: there is no home folder.
     """
     limit = _limit(environment.get(SIZE, ""))
-    if named := environment.get(FOLDER):
-        return CacheFolder(Path(named).expanduser(), limit)
     shared = environment.get("XDG_CACHE_HOME", "")
-    if Path(shared).is_absolute():
-        return CacheFolder(Path(shared) / "regraft", limit)
     try:
+        if named := environment.get(FOLDER):
+            return CacheFolder(Path(named).expanduser(), limit)
+        if Path(shared).is_absolute():
+            return CacheFolder(Path(shared) / "regraft", limit)
         return CacheFolder(Path.home() / ".cache" / "regraft", limit)
     except RuntimeError:
         raise ResourceError(

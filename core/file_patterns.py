@@ -10,6 +10,11 @@ from glob import iglob
 from pathlib import Path
 
 
+def at_home(text: str) -> Path:
+    """The path that a text means, with `~` and `~name` as homes; as it stands where there is no such home."""
+    return Path(os.path.expanduser(text)) if text.startswith("~") else Path(text)  # noqa: PTH111 - raises
+
+
 def is_pattern(source: str) -> bool:
     """Whether a text has what no path or name of a data set needs: `*` or `?`."""
     return "*" in source or "?" in source
@@ -33,7 +38,7 @@ def from_pattern(source: str) -> str:
 
 def _parts(source: str) -> tuple[Path, str]:
     """The folder where a pattern begins, and the pattern from there; that is empty for a path."""
-    path = Path(os.path.expanduser(source)) if source.startswith("~") else Path(source)  # noqa: PTH111 - no home
+    path = at_home(source)
     if not is_pattern(source) or _exists(path):
         return path, ""
     first = next(place for place, part in enumerate(path.parts) if is_pattern(part))

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.errors import InputError, UsageError
-from regraft.core.file_patterns import matched
+from regraft.core.file_patterns import at_home, matched
 from regraft.core.host import Host
 from regraft.core.operations import leaves
 from regraft.core.provenance import data_digests
@@ -118,7 +118,7 @@ class RecordedInputs:
 
     def _base_place(self) -> str | None:
         """Where the base is on this disk; None for a name that a source knows."""
-        there = self._whereabouts.folder / Path(self._record["base"]["model"]).expanduser()
+        there = self._whereabouts.folder / at_home(self._record["base"]["model"])
         named = self._whereabouts.base or (there if exists(there) else None)
         return None if named is None else str(named.resolve())
 
@@ -153,7 +153,7 @@ class RecordedInputs:
                 self._problems.append(f"{key}: there is no {named}")
                 return None
         for folder in self._folders():
-            if exists(there := folder / Path(written).expanduser()) or matched(there):
+            if exists(there := folder / at_home(written)) or matched(there):
                 return str(there.resolve())
         return None
 

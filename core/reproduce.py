@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from regraft.core.checkpoint import ADAPTER_CONFIG, CONFIG
 from regraft.core.environment import Difference, differences
-from regraft.core.errors import InputError, RegraftError, ResourceError
+from regraft.core.errors import InputError, RegraftError, ResourceError, UsageError
 from regraft.core.execute import ApplyOptions, Events, apply
 from regraft.core.host import Host
 from regraft.core.hub_upload import licensed
@@ -97,9 +98,12 @@ def reproduce(
 
     Raises:
         InputError: an input is missing, or is not the recorded one; or the record is malformed.
+        UsageError: `out` holds something, or stands inside the checkpoint of the record.
         RegraftError: the run failed.
     """
     lock, record = read_lock(path)
+    if out is not None:
+        _check_out(out, lock)
     recipe, base = recorded(record, lock, host, whereabouts)
     device = device or _recorded_device(record)
     options = ApplyOptions(device=device, threads=threads, durable=False, verify="structure", cache=False)
@@ -114,6 +118,16 @@ def reproduce(
     return ReproduceReport(
         lock, made["environment"]["device"], tensors, files, tuple(findings), environment, out and report.target
     )
+
+
+def _check_out(out: Path, lock: Path) -> None:
+    folder = lock.resolve().parent
+    if any((folder / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)) and out.resolve().is_relative_to(folder):
+        raise UsageError("stands inside the output of the record", where=f"--out {out}", expected="a folder outside it",
+                         remedy="name another: what was recorded stays as it was verified")  # fmt: skip
+    if out.is_dir() and any(out.iterdir()):
+        raise UsageError("the folder holds something already", where=f"--out {out}", expected="a folder, new or empty",
+                         remedy="name another")  # fmt: skip
 
 
 def recorded(record: Mapping[str, Any], lock: Path, host: Host, whereabouts: Whereabouts) -> tuple[Recipe, Checkpoint]:

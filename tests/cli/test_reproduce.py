@@ -154,6 +154,32 @@ def test_missing_and_other_inputs_are_named_before_anything_runs(made, arrange, 
     assert RAN == []
 
 
+def test_homes_of_others_are_paths_that_are_not_there(made):
+    """A record names its inputs as its recipe did, whoever's home that was."""
+    for place in (["base", "model"], ["recipe", "base", "model"], ["recipe", "steps", 0, "adapter"]):
+        edit(put(*place, value="~nobody-of-that-name/x"))
+    ran = regraft("reproduce", "out", "--inputs", "recipes", "--data", "one.data=~nobody-of-that-name/y")
+    assert ran.code == 3
+    assert "lora-merge.adapter: there is no ~nobody-of-that-name/x in recipes" in ran.err
+    assert "one.data.source: there is no ~nobody-of-that-name/y" in ran.err
+    assert "base: there is no ~nobody-of-that-name/x in recipes" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [("out", "inside the output"), ("out/again", "inside the output"), ("recipes", "holds something already")],
+)
+def test_the_new_output_harms_no_other(made, tmp_path, out, message):
+    before = tree(tmp_path)
+    ran = regraft("reproduce", "out", "--inputs", "recipes", "--out", out)
+    assert ran.code == 2
+    assert f"error: --out {out}: " in ran.err
+    assert message in ran.err
+    assert "--force" not in ran.err, "which reproduce has not"
+    assert tree(tmp_path) == before
+    assert RAN == []
+
+
 def test_weights_of_the_base_that_changed_are_refused(made):
     path = Path("recipes/base/model-00001-of-00006.safetensors")
     data = bytearray(path.read_bytes())

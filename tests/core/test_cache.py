@@ -114,6 +114,8 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(cache, monkeypatch):
     Path("cache").unlink()
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "steps")
     assert run(ONE)[1] == ["warning: no cache: cache: it cannot be written"]
+    monkeypatch.setenv("REGRAFT_CACHE", "~nobody-of-that-name/cache")
+    assert run(ONE)[1] == ["warning: no cache: there is no home folder for the cache"]
     monkeypatch.delenv("REGRAFT_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", raises_no_home)
