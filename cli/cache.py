@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from regraft.cli.console import human_bytes, print_json, table
-from regraft.cli.options import Json
+from regraft.cli.options import Json, pass_on_json
 
 if TYPE_CHECKING:
     from regraft.core.cache_folder import CacheFolder
@@ -27,6 +27,8 @@ def cache(context: typer.Context, as_json: Json = False) -> None:
     """List, verify and remove the kept results of steps."""
     if context.invoked_subcommand is None:
         list_(as_json)
+    elif as_json:
+        pass_on_json(context)
 
 
 @app.command("list")

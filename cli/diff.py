@@ -22,7 +22,7 @@ def diff(
     after: Model,
     threads: Threads = 0,
     everything: Annotated[
-        bool, typer.Option("--all", help="Also compare model card and lock file; name every tensor.")
+        bool, typer.Option("--all", help="Also compare model cards; name every tensor.")
     ] = False,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write a page about it: sizes of changes by layer, keys.")

@@ -48,6 +48,11 @@ Dtype = Annotated[
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let the checkpoint's own code run.")]
 
 
+def pass_on_json(context: typer.Context) -> None:
+    """Let `--json` before a subcommand, as in `regraft cache --json list`, hold for the subcommand."""
+    context.default_map = {str(context.invoked_subcommand): {"as_json": True}}
+
+
 def validated(name: str, overrides: list[str] | None) -> Recipe:
     """The recipe that `name` stands for, validated against the installed plugins.
 

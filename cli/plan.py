@@ -33,7 +33,9 @@ def plan(
         Path | None,
         typer.Option(help="A config.json: plan on a model of that shape in place of the base, without any weights."),
     ] = None,
-    rate: Annotated[float, typer.Option(min=0.001, help="GB that a process writes in a second, for the time.")] = 1.0,
+    rate: Annotated[
+        float, typer.Option(min=0.001, max=1e6, help="GB that a process writes in a second, for the time.")
+    ] = 1.0,
     as_json: Json = False,
 ) -> None:
     """Show what a recipe would do: tensors, sizes, memory, disk. Refuses what apply would refuse."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from regraft.cli.console import print_json, table
-from regraft.cli.options import Json
+from regraft.cli.options import Json, pass_on_json
 
 if TYPE_CHECKING:
     from regraft.core.testing.conformance.check import Outcome
@@ -22,6 +22,8 @@ def plugins(context: typer.Context, as_json: Json = False) -> None:
     """List plugins and their transformations."""
     if context.invoked_subcommand is None:
         list_(as_json)
+    elif as_json:
+        pass_on_json(context)
 
 
 @app.command("list")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from regraft.cli.console import print_json, table
-from regraft.cli.options import Json
+from regraft.cli.options import Json, pass_on_json
 
 app = typer.Typer(help="List, show and copy the shipped recipes.", no_args_is_help=False, invoke_without_command=True)
 
@@ -20,6 +20,8 @@ def recipes(context: typer.Context, as_json: Json = False) -> None:
     """List the shipped recipes."""
     if context.invoked_subcommand is None:
         list_(as_json)
+    elif as_json:
+        pass_on_json(context)
 
 
 @app.command("list")

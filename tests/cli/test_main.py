@@ -115,6 +115,12 @@ def test_colours_only_on_a_terminal_and_not_with_no_color(workplace, monkeypatch
     assert not COLOUR.search(on_a_terminal("apply", "recipe.toml", NO_COLOR="1"))
 
 
+@pytest.mark.parametrize("words", ["cache path", "plugins list", "recipes list", "recipes show quickstart"])
+def test_json_before_a_subcommand_holds_for_it(words):
+    group, *rest = words.split()
+    assert done(group, "--json", *rest).json == done(group, *rest, "--json").json
+
+
 def test_no_bar_where_stderr_is_no_terminal(workplace):
     write_recipe(Path("recipe.toml"), "base", path="out", dtype="bfloat16")
     ran = command("apply", "recipe.toml")

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.adapters import write_adapter
 from tests.running import ABF, done, regraft, tree, write_recipe
 
@@ -45,6 +47,11 @@ def test_plan_refuses_what_apply_would(workplace):
     assert "stands inside an input" in ran.err
     assert regraft("plan", recipe, "--output", "base").code == 2
     assert done("plan", recipe, "--output", "elsewhere").code == 0
+
+
+@pytest.mark.parametrize("rate", ["0", "inf", "nan"])
+def test_a_rate_at_which_nobody_writes_is_refused(rate):
+    assert regraft("plan", "quickstart", "--world-size", "2", "--rate", rate).code == 2
 
 
 def test_a_target_that_needs_force_is_noted(workplace):
