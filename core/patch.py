@@ -103,7 +103,8 @@ class Outline:
         notes: sentences for the plan.
         deltas: of the tensors in `specs` those that get a low-rank delta and nothing else; only such can be written as
             an adapter.
-        exact: False where data decides a shape and the specs are upper bounds.
+        exact: False where data decides a shape and the specs are upper bounds; a plan takes it for False in every
+            step behind such a one.
         undecided: by JSON file, the top-level keys whose values are known only after the run; `json` may say what the
             plan assumes of them until then.
         or_nothing: whether data may decide that the step changes nothing at all, so that the patch is empty.

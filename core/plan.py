@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -137,9 +137,11 @@ def make_plan(recipe: Recipe, base: Checkpoint, host: Host, *, threads: int) -> 
         PluginError: a plugin broke its contract.
     """
     checkpoint = base
-    steps = []
+    steps = list[PlannedStep]()
     for step in recipe.steps:
         planned = plan_step(step, checkpoint, host)
+        if steps and not steps[-1].outline.exact:  # what stands on upper bounds is one too
+            planned = replace(planned, outline=replace(planned.outline, exact=False))
         steps.append(planned)
         checkpoint = promise(checkpoint, planned.outline, by=step.id)
     recipe, form_notes = formed(recipe, base, {step.id: step.outline for step in steps})

@@ -107,6 +107,23 @@ def test_a_merge_rewrites_its_targets_and_copies_the_rest(workplace):
     assert differing == names
 
 
+def test_what_stands_on_tables_of_a_length_that_data_decide_is_an_upper_bound_too(tmp_path, tiny_folder):
+    (tmp_path / "corpus.txt").write_text("a badge\n" * 20)
+    (tmp_path / "data.jsonl").write_text('{"text": "a badge"}\n' * 8)
+    steps = [
+        {"use": "tokenizer-retrofit", "vocabulary": "extend", "corpus": [str(tmp_path / "corpus.txt")], "size": 60},
+        {"use": "fine-tune", "data": str(tmp_path / "data.jsonl"), "steps": 1},
+        {"use": "grow", "hidden_size": 80},
+    ]
+    base = tiny_folder("llama", tokenizer=True)
+    plan, _ = applied(write_recipe(tmp_path / "r.toml", base, *steps, path=str(tmp_path / "out")))
+    assert not plan.exact
+    name = "model.embed_tokens.weight"
+    found, most = open_checkpoint(tmp_path / "out").specs[name].shape, plan.result.specs[name].shape
+    assert found[0] < most[0]
+    assert found[1] == most[1] == 80
+
+
 def test_steps_and_output_settings_together(workplace):
     write_adapter("adapter")
     merge = {"use": "lora-merge", "adapter": "adapter"}
