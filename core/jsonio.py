@@ -18,13 +18,28 @@ MAX_JSON_BYTES = 128 << 20
 the size."""
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_REMEDY = "correct the file, or fetch it again"
 
 
-def parse_object(data: bytes, where: object, *, remedy: str = "correct the file, or fetch it again") -> dict[str, Any]:
+def parse_object(data: bytes, where: object, *, remedy: str = _REMEDY) -> dict[str, Any]:
     """The JSON object in `data`.
 
     Raises:
-        InputError: too large, not UTF-8, not JSON, half a surrogate pair, a key given twice, or not an object.
+        InputError: as `parse_json`, or not an object.
+    """
+    document = parse_json(data, where, remedy=remedy)
+    if not isinstance(document, dict):
+        raise InputError(
+            "is not a JSON object", where=where, expected="an object", found=type(document).__name__, remedy=remedy
+        )
+    return document
+
+
+def parse_json(data: bytes, where: object, *, remedy: str = _REMEDY) -> Any:
+    """What `data` is as JSON.
+
+    Raises:
+        InputError: too large, not UTF-8, not JSON, half a surrogate pair, or a key given twice.
     """
     check_size(len(data), where)
 
@@ -46,10 +61,6 @@ def parse_object(data: bytes, where: object, *, remedy: str = "correct the file,
         raise InputError("has half a surrogate pair", where=where, found=half, remedy=remedy) from None
     except (ValueError, RecursionError) as error:
         raise InputError("is not JSON", where=where, found=error, remedy=remedy) from None
-    if not isinstance(document, dict):
-        raise InputError(
-            "is not a JSON object", where=where, expected="an object", found=type(document).__name__, remedy=remedy
-        )
     return document
 
 

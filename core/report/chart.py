@@ -16,6 +16,8 @@ _MOST_ROWS = 40
 """Of the table beside a chart."""
 _LEAST_SPAN = 1e-8
 """Of an axis, over the size of its numbers: what floats still tell apart."""
+_LARGEST = 1e300
+"""Beyond it the span of an axis is no float any more."""
 _NICE = (1.0, 2.0, 2.5, 5.0, 10.0)
 
 
@@ -54,15 +56,15 @@ def line_chart(
     """Lay out a line through `points`, and `dots` with their names; None without a finite point.
 
     Args:
-        points: (x, y), x rising; those that are not finite are left out.
+        points: (x, y), x rising; those that are not finite, or beyond what an axis can span, are left out.
         dots: (x, y, name) of single points.
         title: what it shows.
         x, y: what the axes are.
     """
-    whole = [point for point in points if math.isfinite(point[1])]
+    whole = [point for point in points if _fits(*point)]
     if not whole:
         return None
-    seen = [dot for dot in dots if math.isfinite(dot[1])]
+    seen = [dot for dot in dots if _fits(*dot[:2])]
     kept, each = _thinned(whole)
     note = f"each point is the mean of {each} steps" if each > 1 else ""
     x_ticks = ticks(*_bounds([one[0] for one in whole] + [one[0] for one in seen]), whole=True)
@@ -86,6 +88,10 @@ class _Axis:
     def __call__(self, value: float) -> float:
         low, high = self.ticks[0], self.ticks[-1]
         return self.start + (value - low) / (high - low) * (self.stop - self.start)
+
+
+def _fits(*place: float) -> bool:
+    return all(abs(number) <= _LARGEST for number in place)
 
 
 def ticks(low: float, high: float, *, whole: bool = False, about: int = 5) -> list[float]:

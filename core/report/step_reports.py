@@ -12,7 +12,7 @@ from typing import Any
 
 from regraft.core.buffers import unreadable
 from regraft.core.errors import InputError
-from regraft.core.jsonio import parse_object
+from regraft.core.jsonio import parse_json, parse_object
 from regraft.core.report.chart import LineChart, line_chart
 from regraft.core.report.figures import Figures, figures, paired
 from regraft.core.report.heat_map import Cell, HeatMap, heat_map
@@ -121,16 +121,24 @@ def _losses(path: Path, metrics: Mapping[str, Any]) -> LineChart | None:
     for at, line in enumerate(_read(path).splitlines(), 1):
         where = f"{path}:{at}"
         row = parse_object(line, where)
-        step, loss = row.get("step"), row.get("loss")
-        if not isinstance(step, int | float) or not isinstance(loss, int | float):
+        step, loss = _float(row.get("step")), _float(row.get("loss"))
+        if step is None or loss is None:
             raise InputError("is no line of losses", where=where, expected='{"step": 1, "loss": 2.5}',
                              remedy="write the checkpoint again")  # fmt: skip
-        points.append((float(step), float(loss)))
+        points.append((step, loss))
     last = points[-1][0] if points else 0.0
     held = _held_out(metrics, prefix)
     dots = [(0.0, held[0], "held out, before"), (last, held[1], "held out, after")] if held else []
     title = f"Loss in nats by step, {prefix}" if prefix else "Loss in nats by step"
     return line_chart(points, dots, title=title, x="step", y="loss")
+
+
+def _float(item: Any) -> float | None:
+    """A number; None for anything else, and for an integer that is greater than any float."""
+    try:
+        return float(item) if isinstance(item, int | float) else None
+    except OverflowError:
+        return None
 
 
 def _held_out(metrics: Mapping[str, Any], prefix: str) -> tuple[float, float] | None:
@@ -151,7 +159,7 @@ def _heads(path: Path) -> HeatMap | None:
     scores, chosen = document.get("scores"), document.get("heads")
     if not isinstance(scores, list) or not isinstance(chosen, list):
         return None
-    marked = {tuple(head) for head in chosen if isinstance(head, list) and len(head) == 2}
+    marked = {(head[0], head[1]) for head in chosen if isinstance(head, list) and list(map(type, head)) == [int, int]}
     cells = dict(_scored(scores, marked))
     if not cells:
         return None
@@ -167,23 +175,26 @@ def _heads(path: Path) -> HeatMap | None:
 def _scored(scores: list[Any], marked: set[tuple[Any, ...]]) -> Iterator[tuple[tuple[str, int], Cell]]:
     for layer, row in enumerate(scores):
         for head, score in enumerate(row if isinstance(row, list) else ()):
-            known = isinstance(score, int | float)
-            told = number(float(score)) if known else "not scored"
+            value = _float(score)
+            told = "not scored" if value is None else number(value)
             chosen = (layer, head) in marked
             yield (
                 (f"layer {layer}", head),
-                Cell(f"{told}, chosen" if chosen else told, float(score) if known else None, "k-copied", mark=chosen),
+                Cell(f"{told}, chosen" if chosen else told, value, "k-copied", mark=chosen),
             )
 
 
 def _text(path: Path) -> Text:
     text = _read(path).decode("utf-8", "replace")
     if path.suffix.lower() == ".json":
-        text = json.dumps(parse_object(text.encode(), path), ensure_ascii=False, indent=1)
+        text = json.dumps(parse_json(text.encode(), path), ensure_ascii=False, indent=1)
     return Text(path.name, text[:_LONGEST_TEXT], max(0, len(text) - _LONGEST_TEXT))
 
 
 def _table(path: Path) -> Table:
-    rows = [tuple(row) for row in csv.reader(io.StringIO(_read(path).decode("utf-8", "replace")), strict=False)]
+    try:
+        rows = [tuple(row) for row in csv.reader(io.StringIO(_read(path).decode("utf-8", "replace")), strict=False)]
+    except csv.Error as error:
+        raise InputError("is no table", where=path, found=error, remedy="write the checkpoint again") from None
     heads, body = (rows[0], rows[1:]) if rows else ((), [])
     return Table(path.name, heads, tuple(body[:_MOST_ROWS]), max(0, len(body) - _MOST_ROWS))

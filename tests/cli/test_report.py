@@ -198,6 +198,23 @@ def test_a_malformed_lock_file_or_report_is_an_input_error(output):
     assert "regraft.lock.json: steps.0.id: is malformed" in ran.err
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "code", "words"),
+    [
+        ("rows.json", "[1, 2]", 0, "rows.json"),
+        ("heads.json", '{"heads": [[[0], [1]], [0, 1]], "scores": [[1, 2], [1%s]]}' % ("0" * 400), 0, "not scored"),
+        ("losses.jsonl", '{"step": 1, "loss": 1e308}\n{"step": 2, "loss": -1e308}\n{"step": 1e999, "loss": 2}', 0, ""),
+        ("losses.jsonl", '{"step": 1%s, "loss": 1}' % ("0" * 400), 3, "is no line of losses"),
+        ("wide.csv", "a," + "x" * 200_000, 3, "is no table"),
+    ],
+)
+def test_reports_of_any_plugin_are_shown_or_refused_by_name(output, name, text, code, words):
+    Path("out/regraft/lora-merge", name).write_text(text)
+    ran = regraft("report", "out")
+    assert ran.code == code
+    assert words in (ran.err if code else Path("report.html").read_text())
+
+
 def test_two_checkpoints_on_a_page(output):
     ran = regraft("diff", "base", "out", "--html", "d.html")
     assert (ran.code, ran.err) == (1, "wrote d.html\n")
