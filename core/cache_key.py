@@ -217,9 +217,14 @@ def _step(step: PlannedStep, folder: CacheFolder, most_bytes: int | None) -> lis
 
 
 def _package(kind: type) -> str:
-    """The package that a transformation's code is in: a first-party plugin's own, or a stranger's whole package."""
+    """The package that a transformation's code is in: a first-party plugin's own, or a stranger's whole package; in a
+    namespace, which has no file of its own, the package below it.
+    """
     parts = kind.__module__.split(".")
-    return ".".join(parts[:3] if parts[:2] == ["regraft", "plugins"] else parts[:1])
+    if parts[:2] == ["regraft", "plugins"]:
+        return ".".join(parts[:3])
+    names = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    return next((name for name in names if getattr(sys.modules.get(name), "__file__", None)), names[-1])
 
 
 @cache

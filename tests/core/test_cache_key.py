@@ -1,5 +1,6 @@
 """What a step's key in the cache is made of: what reruns after a change, and what has no key."""
 
+import importlib
 import os
 import shutil
 import time
@@ -131,6 +132,22 @@ def test_code_that_changes_under_the_same_version_is_another_step(cache, tmp_pat
     assert run(ONE)[0] == []
     monkeypatch.setattr("regraft.core.cache_key.code_digest", lambda name: code_digest(name) + name.partition(".")[0])
     assert run(ONE)[0] == ["one"]
+
+
+def test_code_in_a_namespace_is_told_by_the_package_below_it(tmp_path, monkeypatch):
+    """A namespace such as a company's has no `__init__.py`; its name alone would know no change of code."""
+    from regraft.core.cache_key import _package, code_digest
+
+    home = tmp_path / "some_company/thin_layers"
+    home.mkdir(parents=True)
+    (home / "__init__.py").write_text("from some_company.thin_layers.steps import Thin\n")
+    (home / "steps.py").write_text("class Thin:\n    factor = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    name = _package(importlib.import_module("some_company.thin_layers").Thin)
+    assert name == "some_company.thin_layers"
+    before = code_digest.__wrapped__(name)
+    (home / "steps.py").write_text("class Thin:\n    factor = 2\n")
+    assert code_digest.__wrapped__(name) != before
 
 
 def test_cheap_steps_are_not_kept(cache, monkeypatch):
