@@ -67,7 +67,9 @@ def _from_folder(folder: Path) -> list[EntryPoint]:
                          remedy="name the folder of a plugin, or an installed package") from None  # fmt: skip
     except (OSError, ValueError) as error:
         raise InputError("cannot be read", where=path, found=error, remedy="correct the file") from None
-    plugins = declared.get("project", {}).get("entry-points", {}).get(GROUP, {})
+    plugins = declared
+    for key in ("project", "entry-points", GROUP):
+        plugins = plugins.get(key) if isinstance(plugins, dict) else None
     if not isinstance(plugins, dict) or not plugins:
         raise InputError(
             "declares no plugin", where=path, expected=f"[project.entry-points.{GROUP}]",

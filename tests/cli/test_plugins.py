@@ -159,9 +159,15 @@ def test_check_of_what_is_no_plugin(package, tmp_path):
     assert (ran.code, "no such plugin is installed" in ran.err) == (2, True)
     ran = regraft("plugins", "check", "no/such/folder")
     assert (ran.code, "is no folder of a package" in ran.err) == (2, True)
-    (tmp_path / "pyproject.toml").write_text("[project]\n")
-    ran = regraft("plugins", "check", tmp_path)
-    assert (ran.code, "declares no plugin" in ran.err) == (3, True)
+    for text in (
+        "[project]\n",
+        "project = 1\n",
+        "[project]\nentry-points = 1\n",
+        "project.entry-points.regraft = []\n",
+    ):
+        (tmp_path / "pyproject.toml").write_text(text)
+        ran = regraft("plugins", "check", tmp_path)
+        assert (ran.code, "declares no plugin" in ran.err) == (3, True)
     (tmp_path / "pyproject.toml").write_text("[project\n")
     assert regraft("plugins", "check", tmp_path).code == 3
     package()
