@@ -84,6 +84,17 @@ def test_the_action_checks_alone_and_refuses_what_matches_nothing(action, tmp_pa
     assert action("", plan="false")[0] == 2
 
 
+def test_the_action_takes_any_name_for_a_recipe_and_no_word_for_true(action, tmp_path):
+    for name in ("--help.toml", "a|b.toml"):
+        write_recipe(tmp_path / "workspace" / name, "./not-here", ABF)
+    code, out, summary = action("*.toml", plan="false")
+    assert (code, out) == (0, "--help.toml: ok\na|b.toml: ok\n")
+    assert "| `a\\|b.toml` | ok |" in summary
+    assert action("*.toml")[0] == 3
+    code, out, _ = action("*.toml", plan="yes")
+    assert (code, out) == (2, "::error::plan is true or false, and not yes\n")
+
+
 def test_what_the_dockerfile_copies_is_in_its_context_and_makes_the_wheel(tmp_path):
     lines = [line.split()[1:] for line in (ROOT / "Dockerfile").read_text().splitlines() if line.startswith("COPY ")]
     sources = [name for words in lines if not words[0].startswith("--from") for name in words[:-1]]
