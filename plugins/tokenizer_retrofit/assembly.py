@@ -52,6 +52,9 @@ def assemble(
         {**entry, "id": ids[entry["content"]]} for entry in sorted(added, key=lambda entry: ids[entry["content"]])
     ]
     _renumber(document.get("post_processor"), ids, stages.label)
+    padding = document.get("padding")
+    if isinstance(padding, dict) and padding.get("pad_token") in ids:
+        padding["pad_id"] = ids[padding["pad_token"]]
     return TokenizerFile.parse(document, stages.label)
 
 

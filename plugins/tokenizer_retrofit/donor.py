@@ -89,7 +89,8 @@ def replace_by_donor(
         tokens.append(donor.unknown)
     ids = place(own, tokens)
     merges = [pair for pair in donor.merges if {*pair, "".join(pair)} <= ids.keys()]
-    stages = TokenizerFile.parse({**donor.document, "post_processor": old.document.get("post_processor")}, donor.label)
+    own_stages = {key: old.document.get(key) for key in ("post_processor", "padding", "truncation")}
+    stages = TokenizerFile.parse({**donor.document, **own_stages}, donor.label)
     new = assemble(stages, ids, merges=merges, scores=donor.scores, added=[*ours, *plain])
     origins = Speller(old).origins(new, len(ids))
     return NewVocabulary(new, origins, {"tokens": len(ids), "special": special}, _other_numbers(old, new))

@@ -111,7 +111,7 @@ def _named(checkpoint: Checkpoint, old: TokenizerFile) -> set[str]:
                 found.add(text_of(value))
             elif key in SPECIAL_LISTS and isinstance(value, Mapping):
                 found.update(map(text_of, value.values()))
-    found.update(_strings(old.document.get("post_processor")))
+    found.update(_strings([old.document.get("post_processor"), old.document.get("padding")]))
     found.update(part for left, right in old.merges for part in (left, right, left + right))
     return found | alphabet(old)
 

@@ -183,15 +183,19 @@ class TokenizerFile:
         return self.new_backend()
 
     def new_backend(self) -> Tokenizer:
-        """One that is the caller's own. Raises as `backend`."""
+        """One that is the caller's own, and neither pads nor cuts off, which transformers does for each call. Raises as
+        `backend`."""
         from tokenizers import Tokenizer
 
         try:
-            return Tokenizer.from_buffer(dump(self.document))
+            made = Tokenizer.from_buffer(dump(self.document))
         except BaseException as error:  # the library raises Exception itself; and where it panics, what is none
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise InputError("the tokenizers library does not read the file", where=self.label, found=error) from None
+        made.no_padding()
+        made.no_truncation()
+        return made
 
     def stray(self) -> tuple[str, int, int | None] | None:
         """The first token to which `tokenizers` gives another id than the file: it, the file's id, the other one.

@@ -41,4 +41,7 @@ def open_policy(name: str, checkpoint: Path | str | None) -> Opened:
     if hashlib.sha256(text).hexdigest() != policy["tokenizer_sha256"]:
         step = name.replace("_", "-")
         raise ValueError(f"tokenizer.json has changed since the policy was made: run {step} again")
-    return Opened(root / name, policy, Tokenizer.from_str(text.decode()))
+    tokenizer = Tokenizer.from_str(text.decode())
+    tokenizer.no_padding()  # what the file says of both is for whole batches, as transformers makes them
+    tokenizer.no_truncation()
+    return Opened(root / name, policy, tokenizer)

@@ -302,6 +302,19 @@ def test_the_runtime_works_in_a_process_without_regraft(decoder):
     assert without_regraft(decoder) == "1"
 
 
+def test_the_runtime_neither_pads_nor_cuts_off_as_tokenizer_json_says(folder, base):
+    shutil.copytree(base, folder / "padding")
+    document = json.loads((base / "tokenizer.json").read_text())
+    padding = {"pad_id": 0, "pad_token": "<pad>", "pad_type_id": 0, "pad_to_multiple_of": None}
+    document["padding"] = {"strategy": "BatchLongest", "direction": "Right", **padding}
+    document["truncation"] = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
+    (folder / "padding" / "tokenizer.json").write_text(json.dumps(document))
+    made = applied(folder, folder / "padding", "padding-made", merges=0)
+    dynamic = runtime(made).DynamicTokenization(language_model(made))
+    cut = dynamic.encode_batch(PROMPTS, add_special_tokens=False).token_bytes
+    assert [b"".join(one) for one in cut] == [prompt.encode() for prompt in PROMPTS]
+
+
 def test_a_policy_is_refused_for_another_tokenizer(decoder, tmp_path):
     copy = shutil.copytree(decoder, tmp_path / "copy")
     text = (copy / "tokenizer.json").read_text()

@@ -90,3 +90,26 @@ def test_the_map_of_ids_has_every_old_row(tmp_path):
     moved = json.loads(patch.reports["id_map.json"].read())["old_to_new"]
     assert len(moved) == before.config["vocab_size"] == 320
     assert moved[-1] is None
+
+
+@pytest.mark.parametrize(
+    "values", [{"vocabulary": "trim"}, {"vocabulary": "extend", "size": 5}], ids=["trim", "extend"]
+)
+def test_what_a_file_says_of_padding_and_truncation_follows_the_ids_and_touches_no_figure(tmp_path, folder, values):
+    """transformers decides both for each call, so what the file says of them counts for no text that is measured."""
+    corpus, figures = folder / "corpus.txt", []
+    for name, padded in (("plain", False), ("padded", True)):
+        base = toys.save("llama", tmp_path / name, rows=330)
+        document = json.loads((base / "tokenizer.json").read_text())
+        document["added_tokens"].append({**document["added_tokens"][0], "id": 320, "content": "<blank>"})
+        if padded:
+            padding = {"pad_id": 320, "pad_token": "<blank>", "pad_type_id": 0, "pad_to_multiple_of": None}
+            document["padding"] = {"strategy": "BatchLongest", "direction": "Right", **padding}
+            document["truncation"] = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
+        (base / "tokenizer.json").write_text(json.dumps(document))
+        _, after, patch = toys.retrofit(base, corpus, **{**PLAIN, **values})
+        figures.append(patch.metrics)
+    result = after.json("tokenizer.json")
+    assert figures[0] == figures[1]
+    assert result["truncation"]["max_length"] == 9
+    assert result["padding"]["pad_id"] == result["model"]["vocab"]["<blank>"]
