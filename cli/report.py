@@ -44,6 +44,8 @@ def report(
         sources=plugins.sources(),
         threads=worker_count(threads),
     )
+    if facts.base.place is not None:
+        check_page_path(output, facts.base.place)
     page = written_page(facts)
     save_page(page, output)
     measured, faults = facts.changes.measured, len(facts.verified.faults)

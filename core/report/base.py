@@ -20,11 +20,13 @@ class Base:
         checkpoint: the base; None where there is none to compare with.
         same: whether it is the base of the lock file, by the digest of its specs and files.
         note: what a reader of the page should know of it.
+        place: where it was found, if it is one of the disk that nobody named.
     """
 
     checkpoint: Checkpoint | None
     same: bool
     note: str
+    place: Path | None = None
 
 
 def find_base(lock: Lock, folder: Path, given: str | None, extra: Sequence[Source] = ()) -> Base:
@@ -52,7 +54,7 @@ def find_base(lock: Lock, folder: Path, given: str | None, extra: Sequence[Sourc
         except RegraftError:
             continue
         if checkpoint.digest == lock.base.digest:
-            return Base(checkpoint, same=True, note="")
+            return Base(checkpoint, same=True, note="", place=place if isinstance(place, Path) else None)
     return Base(None, same=False, note="The base was not at hand, so sizes of changes were not measured: the lock file "
                 "tells which tensors were rewritten. Name the base with --base.")  # fmt: skip
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from regraft.core.buffers import is_file, unreadable
 from regraft.core.report.chart import Interval, interval
 from regraft.core.report.documents import Estimated, Evaluation, Figure, read_evaluation
 from regraft.core.report.numbers import number, signed
@@ -80,8 +81,11 @@ def _interval(estimate: Estimated, *, sign: bool = False) -> str:
 def _plot(named: Path, result: Path) -> Picture | None:
     """A plot, where the result says, or beside the result; PNG alone, as `--plots` writes them."""
     for path in (named, result.parent / named.name):
-        if path.suffix == ".png" and path.is_file() and path.stat().st_size <= _LARGEST_PICTURE:
-            data = path.read_bytes()
+        if path.suffix == ".png" and is_file(path) and path.stat().st_size <= _LARGEST_PICTURE:
+            try:
+                data = path.read_bytes()
+            except OSError as error:
+                raise unreadable(path, error) from None
             if is_png(data):
                 words = path.stem.replace("-", " ")
                 return picture(words, data, ".png", alt=f"{words}: a plot of the evaluation {result.name}")

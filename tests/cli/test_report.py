@@ -117,6 +117,8 @@ def test_evaluations_stand_beside_the_base(output):
     done("report", "out", "--eval", "eval.json")
     assert "perplexity bpb 2 1.5 to 2.5 1.5 +0.5 +0.25 to +0.75 higher" in page().text
     assert "perplexity: a note" in page().text
+    Path("eval.json").write_text(json.dumps(evaluation(plots=["x" * 300 + ".png", "\0.png"])))
+    done("report", "out", "--eval", "eval.json")
 
 
 def test_losses_heads_pictures_and_texts_of_a_step(output):
@@ -174,6 +176,7 @@ def test_hostile_tensor_names_are_inert(tmp_path, monkeypatch):
         (["base"], 3, "there is no regraft.lock.json"),
         (["out", "-o", "out/report.html"], 2, "stands inside a checkpoint"),
         (["out", "-o", "base/x.html", "--base", "base"], 2, "stands inside a checkpoint"),
+        (["out", "-o", "base/found.html"], 2, "stands inside a checkpoint"),
         (["out", "-o", "report.txt"], 2, "is an HTML file"),
         (["out", "--base", "nowhere/at/all"], 3, "there is no such checkpoint"),
         (["out", "--eval", "r.toml"], 3, "is not JSON"),
