@@ -19,7 +19,7 @@ from regraft.plugins.tokenizer_retrofit.donor import open_donor
 from regraft.plugins.tokenizer_retrofit.donor_special import adoptable, adopted, check_templates, role_ids
 from regraft.plugins.tokenizer_retrofit.followers import check_followers
 from regraft.plugins.tokenizer_retrofit.initial import Initial
-from regraft.plugins.tokenizer_retrofit.metadata import metadata, movable
+from regraft.plugins.tokenizer_retrofit.metadata import metadata, movable, token_ids_of
 from regraft.plugins.tokenizer_retrofit.params import TokenizerRetrofitParams
 from regraft.plugins.tokenizer_retrofit.passages import passage_bytes
 from regraft.plugins.tokenizer_retrofit.proof import PROBES, check_base, prove
@@ -176,8 +176,18 @@ def made_patch(
         json={**changes.json, **{name: {**changes.json.get(name, {}), **own} for name, own in named.items()}},
         files={TOKENIZER: FileRef(data=dump(new.tokenizer.document))},
         dropped=changes.dropped,
-        notes=new.notes,
+        notes=(*new.notes, *_newly_named(checkpoint, tables.rows, new)),
     )
+
+
+def _newly_named(checkpoint: Checkpoint, rows: int, new: NewVocabulary) -> tuple[str, ...]:
+    """A note where a config names an id that had no row, and that a new token has now."""
+    ids = token_ids_of(checkpoint.config) | token_ids_of(checkpoint.generation_config)
+    found = [f"{index} is {new.tokenizer.tokens[index]!r} now" for index in sorted(ids)
+             if index >= rows and index in new.tokenizer.tokens]  # fmt: skip
+    if not found:
+        return ()
+    return (f"the base's configs name ids beyond its {rows} rows, which new tokens have got: {', '.join(found)}",)
 
 
 def padded(rows: int, multiple: int) -> int:

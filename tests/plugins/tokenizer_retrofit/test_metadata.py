@@ -113,3 +113,11 @@ def test_what_a_file_says_of_padding_and_truncation_follows_the_ids_and_touches_
     assert figures[0] == figures[1]
     assert result["truncation"]["max_length"] == 9
     assert result["padding"]["pad_id"] == result["model"]["vocab"]["<blank>"]
+
+
+def test_an_id_that_a_config_names_beyond_the_rows_and_a_new_token_gets_is_told(tmp_path, folder):
+    base = toys.save("llama", tmp_path / "base")
+    (base / "generation_config.json").write_text(json.dumps({"pad_token_id": 321, "eos_token_id": 2}))
+    _, after, patch = toys.retrofit(base, folder / "corpus.txt", size=5, proof="files")
+    token = next(token for token, index in after.json("tokenizer.json")["model"]["vocab"].items() if index == 321)
+    assert any(f"beyond its 320 rows, which new tokens have got: 321 is {token!r} now" in note for note in patch.notes)
