@@ -1,9 +1,9 @@
-"""Compile every shipped Triton kernel ahead of time and print what it uses; needs no GPU.
+"""Compile every shipped Triton kernel ahead of time and print what it uses.
 
     python benchmarks/kernel_resources.py [--json]
 
-Exit status 1 if a kernel spills registers or uses a stack. Run it without TRITON_INTERPRET: a kernel decorated for the
-interpreter cannot be compiled.
+Exit status 1 if a kernel spills registers or uses more stack than `allowed_stack`. Run it without TRITON_INTERPRET: a
+kernel decorated for the interpreter cannot be compiled. It needs Triton 3.3, and no GPU.
 """
 
 from __future__ import annotations
@@ -36,6 +36,15 @@ CAPABILITIES = (80, 90)
 _WARP_SIZE = 32
 _VECTOR_LOAD = r"ld\.global\S*\.v[248]\.|cp\.async\.cg\.shared\.global [^;]*0x10"
 """Into registers, or 16 bytes at a time into shared memory, as pipelined loops load."""
+
+
+def allowed_stack() -> int:
+    """Bytes a thread: none, but for what the assembler of Triton before 3.8 (torch 2.13 has 3.7) puts there."""
+    import triton
+    from packaging.version import Version
+
+    found = Version(triton.__version__)
+    return 0 if found >= Version("3.8") else 16 if found >= Version("3.7") else 112
 
 
 def compile_build(build: dict[str, Any], capability: int) -> Any:
@@ -91,7 +100,8 @@ def main() -> int:
         width = max(map(len, found))
         for name, usage in found.items():
             print(f"{name:<{width}}  " + "  ".join(f"{key} {value:>5}" for key, value in usage.items()))
-    spilling = [name for name, usage in found.items() if usage["stack"] or usage["local"]]
+    allowed = allowed_stack()
+    spilling = [name for name, usage in found.items() if usage["stack"] > allowed or usage["local"]]
     for name in spilling:
         print(f"{name} spills", file=sys.stderr)
     return 1 if spilling else 0

@@ -24,6 +24,7 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
+from packaging.version import Version
 
 Implementation = Literal["auto", "torch", "triton"]
 Reduction = Literal["mean", "sum", "none"]
@@ -32,6 +33,8 @@ TINY = 1e-30
 """c₀ below this is no direction: the density is uniform."""
 
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_OLDEST_TRITON = Version("3.3")
+"""The compiler of 3.2 ends the whole process over the logits' products."""
 _MAX_PHASE = 1 << 29
 _ROWS = 1 << 13
 """Up to so many frequencies x bins a table has a row of phases for every bin: rows are copied faster than angles."""
@@ -193,7 +196,12 @@ def _triton_fault(coefficients: torch.Tensor) -> str:
         return f"its kernels do not take {coefficients.dtype}"
     if not coefficients.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {coefficients.device}, not on a CUDA device"
-    return "" if importlib.util.find_spec("triton") else "triton is not installed"
+    if not importlib.util.find_spec("triton"):
+        return "triton is not installed"
+    import triton
+
+    too_old = Version(triton.__version__) < _OLDEST_TRITON
+    return f"Triton {triton.__version__} is older than {_OLDEST_TRITON}" if too_old else ""
 
 
 def _check_labels(labels: torch.Tensor, rows: torch.Tensor, bins: int) -> None:

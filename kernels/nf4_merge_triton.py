@@ -65,7 +65,8 @@ def kernel(  # type: ignore[no-untyped-def]  # noqa: ANN201
     b_max = tl.where(broken > 0, float("nan"), b_max)
     tl.store(s_out_ptr + p_s, b_max, mask=m_s)
     if CODES:
-        b_inv = tl.math.div_rn(tl.full((BR, BC // BS), 1.0, tl.float32), tl.maximum(b_max, 1e-38))
+        b_least = tl.full((BR, BC // BS), 1e-38, tl.float32)  # as a number it is an fp64 one to older Triton
+        b_inv = tl.math.div_rn(tl.full((BR, BC // BS), 1.0, tl.float32), tl.maximum(b_max, b_least))
         b_x = tl.minimum(tl.maximum(b_v * b_inv[:, :, None], -1.0), 1.0)
         b_q = tl.zeros((BR, BC // BS, BS), dtype=tl.int32)
         for i in tl.static_range(15):

@@ -28,6 +28,16 @@ if INTERPRETED:
         tl.store(sin_ptr + i, sin)
 
 
+def test_an_older_triton_is_not_used(monkeypatch):
+    monkeypatch.setattr(triton, "__version__", "3.2.0")
+    coefficients, labels = operands(4, 3, 10, torch.float32)
+    for call in (lambda how: fourier_logits(coefficients, 10, implementation=how),
+                 lambda how: fourier_nll(coefficients, labels, 10, implementation=how)):  # fmt: skip
+        with pytest.raises(RuntimeError, match=r"cannot run: Triton 3\.2\.0 is older than 3\.3"):
+            call("triton")
+        assert torch.equal(call("auto"), call("torch"))
+
+
 SHAPES = ((19, 13, 50), (1, 1, 3), (17, 140, 150))
 
 
