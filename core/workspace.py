@@ -124,11 +124,22 @@ def check_target(target: Path, *, force: bool, inputs: tuple[Path, ...] = ()) ->
 
 def _resolved(target: Path) -> Path:
     try:
-        return target.resolve()
+        resolved = target.resolve()
+        _refuse_loop(resolved)
     except (OSError, RuntimeError, ValueError) as error:
         raise UsageError(
             "the target is not a path", where=ascii(str(target)), found=error, remedy="choose another [output] path"
         ) from None
+    return resolved
+
+
+def _refuse_loop(path: Path) -> None:
+    """Links that lead to themselves: since Python 3.13 `resolve` leaves them as they are."""
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise
 
 
 def _check_against_input(target: Path, resolved: Path, path: Path) -> None:

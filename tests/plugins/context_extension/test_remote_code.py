@@ -157,6 +157,7 @@ def test_static_cache_and_chunks_and_packing(family: str, exported: Any) -> None
     assert torch.allclose(together[:, ids.shape[1] :], model(other).logits, atol=2e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
 def test_it_compiles_without_a_break(exported: Any) -> None:
     import torch
 
