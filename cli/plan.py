@@ -27,7 +27,9 @@ def plan(
     tensors: Annotated[bool, typer.Option("--tensors", help="Name every tensor that changes.")] = False,
     world_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Show what each of so many processes under torchrun needs, on whatever machines."),
+        typer.Option(
+            min=1, max=10**6, help="Show what each of so many processes under torchrun needs, on whatever machines."
+        ),
     ] = None,
     shape: Annotated[
         Path | None,

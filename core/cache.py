@@ -142,7 +142,7 @@ class StepCache:
         folder = self._folder.steps
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if os.access(folder, os.W_OK | os.X_OK):
+            if _writable(folder):
                 return True
             why = "it cannot be written"
         except OSError as error:
@@ -193,6 +193,10 @@ class StepCache:
             self._say(line)
 
 
+def _writable(folder: Path) -> bool:
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
 def _why(error: RegraftError | OSError) -> str:
     if isinstance(error, RegraftError):
         return error.found or error.message
@@ -221,7 +225,7 @@ def kept_steps(plan: Plan) -> list[str]:
         folder = cache_folder()
     except ResourceError:
         return []
-    if not folder.limit or not folder.entries():
+    if not folder.limit or not folder.entries() or not _writable(folder.steps):
         return []
     device = _likely_device()
     threads = _likely_threads(folder) if device == "cpu" else None

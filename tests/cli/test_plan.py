@@ -54,6 +54,10 @@ def test_a_rate_at_which_nobody_writes_is_refused(rate):
     assert regraft("plan", "quickstart", "--world-size", "2", "--rate", rate).code == 2
 
 
+def test_more_processes_than_there_are_machines_for_are_refused():
+    assert regraft("plan", "quickstart", "--world-size", "1000000000").code == 2
+
+
 def test_a_target_that_needs_force_is_noted(workplace):
     recipe = write_recipe(Path("r.toml"), "base", ABF, path="out")
     done("apply", recipe)

@@ -1,5 +1,6 @@
 """A step that changes something of everything and counts its calls, for the tests of the step cache."""
 
+import os
 from pathlib import Path
 
 from regraft.core.checkpoint import FileRef
@@ -79,7 +80,9 @@ ONE, TWO, THREE = ({"use": "learn", "id": name} for name in ("one", "two", "thre
 
 def run(*steps, base="base", out="out", host=HOST, options=None, **output):
     """Apply; gives the ids of the steps that ran, and the lines that were told."""
-    Path("r.toml").write_text(recipe_text(base, *steps, path=out, **output))
+    written = Path(f".{os.getpid()}.toml")  # another process may read r.toml just now
+    written.write_text(recipe_text(base, *steps, path=out, **output))
+    written.replace("r.toml")
     recipe = load_recipe(Path("r.toml"), (), host.transformations(), host.broken)
     RAN.clear()
     told = []

@@ -152,6 +152,9 @@ def test_plan_says_what_is_there(cache, monkeypatch):
     cache.remove(cache.entries()[0])
     plan, _ = prepare(load_recipe(Path("r.toml"), (), HOST.transformations(), HOST.broken), HOST, ApplyOptions())
     assert kept_steps(plan) == ["one"]
+    with monkeypatch.context() as changed:
+        changed.setattr(os, "access", lambda path, mode: Path(path).name != "steps")
+        assert kept_steps(plan) == [], "apply does without a cache that it cannot write"
     monkeypatch.setattr("regraft.core.cache._CHEAP_BYTES", 1)
     assert kept_steps(plan) == [], "files that have just changed would have to be read"
 
