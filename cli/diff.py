@@ -21,9 +21,7 @@ def diff(
     before: Model,
     after: Model,
     threads: Threads = 0,
-    everything: Annotated[
-        bool, typer.Option("--all", help="Also compare model cards; name every tensor.")
-    ] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Also compare model cards; name every tensor.")] = False,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write a page about it: sizes of changes by layer, keys.")
     ] = None,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from regraft.core.plan import TORCH_RSS_BYTES, Plan, memory_bound
+from regraft.core.processes import torch_shares_out
 from regraft.core.together import shares
 
 RATE = 1e9
@@ -58,12 +59,12 @@ def per_process(plan: Plan, world: int, *, link: bool = False, rate: float = RAT
     parts = shares(plan.layout.shards, world, link=link)
     tensors = [{tensor.spec.name: tensor for shard in part for tensor in shard.tensors} for part in parts]
     copied = [sum(shard.nbytes for shard in part if not (link and shard.source is not None)) for part in parts]
-    steps = {step.id: step.outline for step in plan.steps}
+    shared = {step.id: step.outline.shared_bytes if torch_shares_out() else 0 for step in plan.steps}
     least = TORCH_RSS_BYTES if world > 1 else 0  # they talk through torch, whatever they do
     return PerProcess(
         world,
         max(least, *(memory_bound(replace(plan.result, tensors=part), plan.threads) for part in tensors)),
-        {name: one.workspace_bytes - one.shared_bytes + -(-one.shared_bytes // world) for name, one in steps.items()},
+        {step.id: step.outline.workspace_bytes - shared[step.id] + -(-shared[step.id] // world) for step in plan.steps},
         tuple(copied),
         rate,
     )

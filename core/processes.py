@@ -15,13 +15,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from importlib.metadata import version
 from typing import Any
+
+from packaging.version import Version
 
 from regraft.core.errors import RegraftError, ResourceError, UsageError
 
 READY, DONE = "ready", "done"
 """What the first process announces: others may enter the work folder; the target stands."""
 
+_FIRST_TO_SHARE = (2, 13)
 _FAILED, _LEFT = "failed", "left"
 _CONNECT_SECONDS, _PARTING_SECONDS, _POLL_SECONDS, _WATCH_SECONDS = 60, 30, 0.05, 0.5
 _PIECE_BYTES = 4 << 20
@@ -172,6 +176,13 @@ def processes(environment: Mapping[str, str] = os.environ) -> Processes:
             remedy="start it with torchrun, or unset WORLD_SIZE",
         ) from None
     return ours
+
+
+def torch_shares_out() -> bool:
+    """Whether this torch can share out what learns: its FSDP2 sums the gradients of what not every process has used, as
+    from 2.13 on. With another one every process has a copy of everything.
+    """
+    return Version(version("torch")).release >= _FIRST_TO_SHARE
 
 
 @cache

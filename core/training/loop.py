@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from regraft.core.errors import UsageError
+from regraft.core.processes import torch_shares_out
 from regraft.core.training.distributed import connected, join
 from regraft.core.training.model import memory, switch_gradient_checkpointing
 from regraft.core.training.modes import reproducible, resolve_precision, without_dropout
@@ -75,7 +76,8 @@ def train(
         if records.state is not None or group.world > 1:
             identity = _identity(batches, settings, objective, trainable, records, precision, device)
             _check_agreement(group.gather(identity))
-        chosen = sharable(model, trainable, group.world) if group.world > 1 and penalty is None else {}
+        sharing = group.world > 1 and penalty is None and torch_shares_out()
+        chosen = sharable(model, trainable, group.world) if sharing else {}
         shards = stack.enter_context(shared_out(model, objective, chosen, device, precision=precision, masters=masters))
         weights = Weights(trainable, masters=masters, shards=shards.parameters)
         stack.callback(weights.clear)

@@ -89,6 +89,8 @@ def test_processes_of_one_machine_share_its_memory(workplace, monkeypatch):
     with pytest.raises(ResourceError, match="fewer processes") as caught:
         check_resources(plan, workplace / "out", link=False, world=4, here=2)
     assert caught.value.expected == f"{needed} bytes for 2 processes"
+    monkeypatch.setattr("regraft.core.per_process.torch_shares_out", lambda: False)
+    assert set(per_process(plan, 4).step_bytes.values()) == {5 << 30}, "with an older torch each has all of it"
 
 
 @pytest.mark.parametrize(("device", "count"), [("cpu", 2), ("cuda:1", 1)])
