@@ -128,6 +128,16 @@ def test_too_few_reserved_tokens_are_counted_and_none_in_use_is_taken(tmp_path):
         toys.retrofit(folder, None, **ADD, reserved="<.reserved_[0-9]*")
 
 
+def test_a_token_with_which_the_file_pads_is_in_use(tmp_path):
+    folder = llama3(tmp_path / "base")
+    padding = {"strategy": "BatchLongest", "direction": "Right", "pad_id": 325, "pad_token": "<|reserved_5|>",
+               "pad_type_id": 0, "pad_to_multiple_of": None}  # fmt: skip
+    write(folder, "tokenizer.json", {**read(folder, "tokenizer.json"), "padding": padding})
+    more = {**ADD, "add": [f"<|new {number}|>" for number in range(6)]}
+    with pytest.raises(UsageError, match="found: 8, 3 of them in use"):
+        toys.retrofit(folder, None, **more, reserved="<|reserved_*|>")
+
+
 def test_learnt_rows_are_those_of_the_places_alone(tmp_path):
     text = tmp_path / "chats.txt"
     text.write_text("<|tool|>the word<|end tool|> was with them\n" * 20)

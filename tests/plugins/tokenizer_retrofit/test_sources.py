@@ -164,6 +164,18 @@ def test_its_own_tokenizer_as_donor_changes_nothing(kind):
     assert [origin.kept for origin in new.origins] == list(range(old.rows))
 
 
+def test_padding_and_truncation_stay_ours_under_the_ids_of_a_donor():
+    padding = {"strategy": "BatchLongest", "direction": "Right", "pad_type_id": 0, "pad_to_multiple_of": None}
+    own, other = file_of("byte-bpe"), file_of("piece-bpe")
+    token = own.tokens[1]
+    ours = {**own.document, "padding": {**padding, "pad_token": token, "pad_id": 1}, "truncation": None}
+    cut = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    theirs = {**other.document, "padding": {**padding, "pad_token": other.tokens[2], "pad_id": 2}, "truncation": cut}
+    new = replace_by_donor(TokenizerFile.parse(ours, "ours"), TokenizerFile.parse(theirs, "theirs")).tokenizer
+    assert new.document["padding"] == {**padding, "pad_token": token, "pad_id": new.ids[token]}
+    assert new.document["truncation"] is None
+
+
 @pytest.mark.parametrize(("kind", "donor"), [("byte-bpe", "piece-bpe"), ("piece-bpe", "byte-bpe")])
 def test_a_donor_brings_its_words_and_our_special_tokens_stay(tmp_path, kind, donor):
     folder = toys.save("llama", tmp_path / "base", kind)
