@@ -59,7 +59,8 @@ def per_process(plan: Plan, world: int, *, link: bool = False, rate: float = RAT
     parts = shares(plan.layout.shards, world, link=link)
     tensors = [{tensor.spec.name: tensor for shard in part for tensor in shard.tensors} for part in parts]
     copied = [sum(shard.nbytes for shard in part if not (link and shard.source is not None)) for part in parts]
-    shared = {step.id: step.outline.shared_bytes if torch_shares_out() else 0 for step in plan.steps}
+    sharing = torch_shares_out()
+    shared = {step.id: step.outline.shared_bytes if sharing else 0 for step in plan.steps}
     least = TORCH_RSS_BYTES if world > 1 else 0  # they talk through torch, whatever they do
     return PerProcess(
         world,

@@ -15,10 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from importlib.metadata import version
 from typing import Any
-
-from packaging.version import Version
 
 from regraft.core.errors import RegraftError, ResourceError, UsageError
 
@@ -182,6 +179,10 @@ def torch_shares_out() -> bool:
     """Whether this torch can share out what learns: its FSDP2 sums the gradients of what not every process has used, as
     from 2.13 on. With another one every process has a copy of everything.
     """
+    from importlib.metadata import version
+
+    from packaging.version import Version
+
     return Version(version("torch")).release >= _FIRST_TO_SHARE
 
 
